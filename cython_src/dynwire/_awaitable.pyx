@@ -1,0 +1,1215 @@
+"""Calls, streams and handlers as the event loop sees them.
+
+`CallFuture` and `ItemReader` are awaited by callers. They speak the future protocol of asyncio, and wake the awaiting task directly
+from the read callback instead of through ``loop.call_soon`` (half the cost of an asyncio.Future, see docs/performance.md).
+
+`HandlerTask` runs a handler on the server's side. It takes the place of `asyncio.Task` from the handler's first line:
+``asyncio.current_task()`` returns it, and ``asyncio.timeout()``, ``TaskGroup``, context variables and cancellation work with it.
+Unlike a Task it starts in the read callback, so a handler that does not suspend has replied before the callback ends. Python 3.12
+has eager tasks, but only they would not do here: a Task costs more than the whole rest of a call.
+
+All of this belongs to the thread of one event loop.
+"""
+
+import asyncio
+import time
+
+import msgspec
+from asyncio import CancelledError, InvalidStateError
+from asyncio.tasks import _enter_task, _leave_task, _register_task, _unregister_task
+from contextvars import copy_context
+
+from cpython.object cimport PyObject
+from cpython.ref cimport Py_DECREF, Py_INCREF
+from libc.math cimport INFINITY
+from libc.stdint cimport uint32_t
+
+from ._buffers cimport Payload
+from ._context cimport CTX_KILLED, CTX_STOPPED, Context, current_var
+from ._frames cimport (
+    ITEM_OVERHEAD,
+    S_ACCEPTED,
+    S_ENDED,
+    S_PENDING,
+    S_SENDING,
+    S_WRITTEN,
+    S_ZOMBIE,
+    T_ACCEPT,
+    StreamBase,
+    WireConnection,
+)
+
+from .codec import decode_raw, encode, is_bytes_like, unpack
+from .errors import (
+    Cancelled,
+    DeadlineExceeded,
+    DecodeError,
+    DynwireError,
+    EndpointNotFound,
+    MessageTooLarge,
+    Overloaded,
+    PeerLost,
+    ProtocolError,
+)
+from .wire.faults import error_body, error_from_body, for_request, handler_error_body
+
+cdef extern from *:
+    """
+    typedef int (*dw_sendfunc)(PyObject *, PyObject *, PyObject **);
+    /* Cython has no spelling for am_send. With it, `await` on 3.11 takes results without a StopIteration object. */
+    static void dw_set_am_send(PyObject *type, dw_sendfunc f) {
+        ((PyTypeObject *)type)->tp_as_async->am_send = (sendfunc)f;
+    }
+    static PyObject *dw_anext(PyObject *agen) {
+        PyAsyncMethods *m = Py_TYPE(agen)->tp_as_async;
+        if (m == NULL || m->am_anext == NULL) {
+            PyErr_SetString(PyExc_TypeError, "the streaming handler did not return an async generator");
+            return NULL;
+        }
+        return m->am_anext(agen);
+    }
+    """
+    ctypedef int (*dw_sendfunc)(PyObject *, PyObject *, PyObject **)
+    void dw_set_am_send(PyObject *type, dw_sendfunc f)
+    object dw_anext(object agen)
+
+cdef extern from "Python.h":
+    int PyIter_Send(object iter, object arg, PyObject **result) except? -1
+    int PyContext_Enter(object ctx) except -1
+    int PyContext_Exit(object ctx) except -1
+    object PyContext_Copy(object ctx)
+    object PyContextVar_Set(object var, object value)
+    int PyObject_GetBuffer(object, Py_buffer *, int) except -1
+    void PyBuffer_Release(Py_buffer *)
+    int PyObject_CheckBuffer(object)
+    unsigned long PyThread_get_thread_ident()
+
+cdef enum:
+    PYGEN_RETURN = 0
+    PYGEN_ERROR = -1
+    PYGEN_NEXT = 1
+
+cdef object _msgpack_decode = msgspec.msgpack.Decoder().decode
+cdef object _msgpack_encode = msgspec.msgpack.Encoder().encode
+cdef object _monotonic = time.monotonic
+cdef tuple _KINDS = ("raw", "msgpack", "json")
+
+
+cdef inline object decode_item(object item, int kind, object reply_type):
+    """What arrived, in the form that the caller wants. Raises `DecodeError`."""
+    if reply_type is None:
+        if kind == 0:
+            return item
+        if kind == 1:
+            try:
+                return _msgpack_decode(item)
+            except (msgspec.MsgspecError, ValueError, RecursionError):
+                pass  # once more below, for the error
+    return unpack(kind, item, reply_type)
+
+
+cdef class ChannelBase:
+    pass
+
+
+cdef class Waiter(StreamBase):
+    def __cinit__(self):
+        self.total_deadline = INFINITY
+        self.phase_deadline = INFINITY
+
+    # ---- future protocol, as asyncio.Task uses it ----
+
+    def get_loop(self):
+        return self.loop
+
+    @property
+    def _loop(self):
+        return self.loop
+
+    def add_done_callback(self, callback, *, context=None):
+        if context is None:
+            context = copy_context()
+        if self.settled():
+            self.loop.call_soon(callback, self, context=context)
+        elif self.callback is None:
+            self.callback = callback
+            self.callback_context = context
+        else:
+            if self.more_callbacks is None:
+                self.more_callbacks = []
+            self.more_callbacks.append((callback, context))
+
+    def remove_done_callback(self, callback):
+        cdef int removed = 0
+        if self.more_callbacks is not None:
+            kept = [pair for pair in self.more_callbacks if pair[0] != callback]
+            removed = len(self.more_callbacks) - len(kept)
+            self.more_callbacks = kept
+        if self.callback is not None and self.callback == callback:
+            removed += 1
+            self.callback = None
+            self.callback_context = None
+            if self.more_callbacks:
+                self.callback, self.callback_context = self.more_callbacks.pop(0)
+        return removed
+
+    def settled(self):
+        return self.outcome != PENDING
+
+    cdef int wake(self, bint direct) except -1:
+        """Run the callbacks. ``direct`` only from a read callback, where no task is running: a task cannot be entered twice."""
+        cdef object callback = self.callback
+        cdef object context = self.callback_context
+        if callback is None:
+            return 0
+        self.callback = None
+        self.callback_context = None
+        more, self.more_callbacks = self.more_callbacks, None
+        if direct and more is None:
+            PyContext_Enter(context)
+            try:
+                callback(self)
+            except (KeyboardInterrupt, SystemExit) as error:
+                # Let the loop see it, after the callback has dealt with the rest of what was received.
+                self.loop.call_soon(_raise, error)
+            finally:
+                PyContext_Exit(context)
+            return 0
+        self.loop.call_soon(callback, self, context=context)
+        if more is not None:
+            for callback, context in more:
+                self.loop.call_soon(callback, self, context=context)
+        return 0
+
+    # ---- request ----
+
+    cdef int settle(self) except -1:
+        """The request is over: uncount it."""
+        if self.channel is not None:
+            self.channel.in_flight -= 1
+            self.channel = None
+        if self.context is not None:
+            self.context._canceller = None
+        self.payload = None
+        return 0
+
+    cdef str request_id(self):
+        if self.request_id_ is None and self.context is not None:
+            self.request_id_ = self.context.id
+        if self.request_id_ is None and self.conn is not None and self.seq:
+            self.request_id_ = f"{self.conn.connection_id.hex()}-{self.seq:x}"
+        return self.request_id_
+
+    cdef str sent_state(self):
+        if self.state & S_ACCEPTED:
+            return "yes"
+        if not self.state & S_WRITTEN:
+            return "no"
+        return "maybe"
+
+    cdef int fail_with(self, object error, bint direct) except -1:
+        return 0
+
+    cdef int rearm(self) except -1:
+        cdef double when = min(self.total_deadline, self.phase_deadline)
+        if self.conn is not None:
+            if when < self.timer or self.timer == INFINITY:
+                self.conn.arm(self, when)
+            else:
+                self.timer = when  # the sweep will come early and find nothing to do
+        return 0
+
+    cdef object timeout_error(self, double now):
+        cdef bint total = now >= self.total_deadline
+        cdef double timeout = self.total_timeout if total else self.phase_timeout
+        peer = self.channel.peer if self.channel is not None else None
+        phase = "total" if total else self.phase
+        remedy = {
+            "total": "timeout=",
+            "accept": "DYN_TCP_REQUEST_TIMEOUT or Timeouts(accept=…)",
+            "first_item": "Timeouts(first_item=…)",
+            "between_items": "Timeouts(between_items=…)",
+        }[phase]
+        what = {
+            "total": "the request did not finish",
+            "accept": "the worker did not accept the request",
+            "first_item": "no first item came",
+            "between_items": "no further item came",
+        }[phase]
+        return DeadlineExceeded(
+            f"{what} within {timeout:.3g} s (peer {peer}; set by {remedy})",
+            timeout=timeout, phase=phase, peer=peer, sent=self.sent_state(), request_id=self.request_id(),
+        )  # fmt: skip
+
+    cdef int on_accept(self) except -1:
+        if self.phase == "accept":
+            self.phase_deadline = INFINITY
+            self.rearm()
+        return 0
+
+    cdef int on_timer(self, double now) except -1:
+        cdef WireConnection conn = self.conn
+        self.timer = INFINITY
+        if now < min(self.total_deadline, self.phase_deadline):
+            self.timer = min(self.total_deadline, self.phase_deadline)
+            return 0
+        error = self.timeout_error(now)
+        self.fail_with(error, False)
+        self.give_up(conn)
+        return 0
+
+    cdef int give_up(self, WireConnection conn) except -1:
+        """Nobody waits for the reply any more."""
+        if conn is not None:
+            if self.state & S_PENDING:
+                conn.forget_pending(self)
+            else:
+                conn.abandon(self, 2)
+        return 0
+
+    cdef int on_error(self, int code, bytes body) except -1:
+        error = error_from_body(body, peer=self.channel.peer if self.channel is not None else None, request_id=self.request_id())
+        return self.fail_with(error, True)
+
+    cdef int on_lost(self, object error) except -1:
+        return self.fail_with(for_request(error, sent=self.sent_state(), request_id=self.request_id()), False)
+
+
+def _raise(error):
+    raise error
+
+
+cdef class CallFuture(Waiter):
+    """One unary call in flight; awaited by exactly one task, or used like a future by gather, wait_for and the like."""
+
+    cdef int on_item(self, object item, int kind, bint last) except -1:
+        cdef WireConnection conn
+        if self.outcome != PENDING:
+            return 0
+        if not last:
+            conn = self.conn
+            if self.value is not None:
+                error = ProtocolError(
+                    f"the handler at {self.channel.peer} streams several items; use stream() instead of call()",
+                    peer=self.channel.peer, phase="reply", sent="yes", request_id=self.request_id(), retryable=False,
+                )  # fmt: skip
+                conn.abandon(self, 2)
+                return self.fail_with(error, False)
+            # A streaming handler: keep the item until the end shows that it is the only one.
+            self.value = (item, kind)
+            return 0
+        if self.value is not None:
+            return self.fail_with(ProtocolError(
+                f"the handler at {self.channel.peer} streams several items; use stream() instead of call()",
+                peer=self.channel.peer, phase="reply", sent="yes", request_id=self.request_id(), retryable=False,
+            ), True)  # fmt: skip
+        return self._succeed(item, kind)
+
+    cdef int _succeed(self, object item, int kind) except -1:
+        if kind == 0 and self.reply_type is None:
+            self.value = item
+        else:
+            try:
+                self.value = decode_item(item, kind, self.reply_type)
+            except DecodeError as error:
+                error.peer = self.channel.peer
+                error.sent = "yes"
+                error.request_id = self.request_id()
+                return self.fail_with(error, True)
+        self.outcome = RESULT
+        self.settle()
+        return self.wake(True)
+
+    cdef int on_end(self) except -1:
+        if self.value is not None:
+            item, kind = self.value
+            return self._succeed(item, kind)
+        return self.fail_with(ProtocolError(
+            f"the handler at {self.channel.peer} ended without a reply item; use stream() for handlers that may send none",
+            peer=self.channel.peer, phase="reply", sent="yes", request_id=self.request_id(), retryable=False,
+        ), True)  # fmt: skip
+
+    cdef int fail_with(self, object error, bint direct) except -1:
+        if self.outcome != PENDING:
+            return 0
+        self.outcome = FAILED
+        self.value = error
+        self.settle()
+        return self.wake(direct and self.conn is None)
+
+    def _cancel_request(self, int kind):
+        """``context.stop()`` (1) or ``context.kill()`` (2) on the caller's side."""
+        cdef WireConnection conn = self.conn
+        if self.outcome != PENDING:
+            return
+        if kind == 1:
+            if conn is not None:
+                conn.put_cancel(self, 1)
+                conn.wrote()
+            return
+        error = Cancelled("the call was killed by its context", peer=self.channel.peer, sent=self.sent_state(),
+                          request_id=self.request_id())  # fmt: skip
+        self.fail_with(error, False)
+        self.give_up(conn)
+
+    # ---- future protocol ----
+
+    def done(self):
+        return self.outcome != PENDING
+
+    def cancelled(self):
+        return self.outcome == CANCELLED
+
+    def cancel(self, msg=None):
+        cdef WireConnection conn = self.conn
+        if self.outcome != PENDING:
+            return False
+        self.outcome = CANCELLED
+        self.cancel_message = msg
+        self.value = None
+        self.give_up(conn)
+        self.settle()
+        self.wake(False)
+        return True
+
+    def result(self):
+        if self.outcome == RESULT:
+            return self.value
+        if self.outcome == FAILED:
+            raise self.value
+        if self.outcome == CANCELLED:
+            raise CancelledError() if self.cancel_message is None else CancelledError(self.cancel_message)
+        raise InvalidStateError("Result is not ready.")
+
+    def exception(self):
+        if self.outcome == RESULT:
+            return None
+        if self.outcome == FAILED:
+            return self.value
+        if self.outcome == CANCELLED:
+            raise CancelledError() if self.cancel_message is None else CancelledError(self.cancel_message)
+        raise InvalidStateError("Exception is not set.")
+
+    def __await__(self):
+        return self
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        cdef PyObject *result = NULL
+        cdef int state = _call_send(self, None, &result)
+        value = <object>result
+        Py_DECREF(value)
+        if state == PYGEN_NEXT:
+            return value
+        raise StopIteration(value)
+
+    def send(self, value):
+        return self.__next__()
+
+    def throw(self, *args):
+        _throw(args)
+
+    def close(self):
+        pass
+
+
+def _throw(args):
+    if len(args) == 1:
+        raise args[0]
+    error = args[1] if isinstance(args[1], BaseException) else args[0]() if args[1] is None else args[0](args[1])
+    raise error
+
+
+cdef int _call_send(object self_, object arg, PyObject **result) except? -1:
+    cdef CallFuture self = <CallFuture>self_
+    if self.outcome == PENDING:
+        self._asyncio_future_blocking = True
+        Py_INCREF(self)
+        result[0] = <PyObject *>self
+        return PYGEN_NEXT
+    if self.outcome == RESULT:
+        Py_INCREF(self.value)
+        result[0] = <PyObject *>self.value
+        return PYGEN_RETURN
+    self.result()
+    return PYGEN_ERROR
+
+
+cdef class ItemReader(Waiter):
+    """Items of one streamed reply. Iterator and awaitable in one object; one task at a time may wait."""
+
+    def __cinit__(self):
+        self.items = []
+        self.costs = []
+        self.keeps_items = True
+
+    @property
+    def request_context(self):
+        return self.context
+
+    # ---- from the connection ----
+
+    cdef int on_item(self, object item, int kind, bint last) except -1:
+        cdef Py_ssize_t size = len(item)
+        if self.closed:
+            if self.conn is not None:
+                self.conn.consumed(None, size + ITEM_OVERHEAD)
+            return 0
+        if kind or self.reply_type is not None:
+            try:
+                item = decode_item(item, kind, self.reply_type)
+            except DecodeError as error:
+                error.peer = self.channel.peer
+                error.sent = "yes"
+                error.request_id = self.request_id()
+                conn = self.conn
+                self.finish(error)
+                self.give_up(conn)
+                return self.wake(False)
+        self.items.append(item)
+        self.costs.append(size + ITEM_OVERHEAD)
+        if last:
+            self.finish(None)
+        elif self.phase_deadline != INFINITY or self.between_items_timeout != INFINITY:
+            self.state |= S_ACCEPTED
+            self.set_phase("between_items", self.between_items_timeout)
+        else:
+            self.state |= S_ACCEPTED
+        if self.waiting:
+            return self.wake(True)
+        return 0
+
+    cdef int set_phase(self, str phase, double timeout) except -1:
+        self.phase = phase
+        self.phase_timeout = timeout
+        if timeout == INFINITY:
+            self.phase_deadline = INFINITY
+        else:
+            self.phase_deadline = <double>_monotonic() + timeout
+        return self.rearm()
+
+    cdef int on_accept(self) except -1:
+        if self.phase == "accept":
+            self.set_phase("first_item", self.first_item_timeout)
+        return 0
+
+    cdef int on_end(self) except -1:
+        self.finish(None)
+        return self.wake(True) if self.waiting else 0
+
+    cdef int finish(self, object error) except -1:
+        if not self.finished:
+            self.finished = True
+            self.outcome = RESULT
+            if error is not None and "delivered" in error.own_fields:
+                error.delivered = self.delivered + len(self.items) - self.head
+            self.value = error
+            self.settle()
+        return 0
+
+    cdef int fail_with(self, object error, bint direct) except -1:
+        if self.finished:
+            return 0
+        self.finish(error)
+        if self.waiting:
+            return self.wake(direct)
+        return 0
+
+    def _cancel_request(self, int kind):
+        cdef WireConnection conn = self.conn
+        if self.finished:
+            return
+        if kind == 1:
+            if conn is not None:
+                conn.put_cancel(self, 1)
+                conn.wrote()
+            return
+        self.fail_with(
+            Cancelled("the stream was killed by its context", peer=self.channel.peer, sent=self.sent_state(), request_id=self.request_id()),
+            False,
+        )
+        self.give_up(conn)
+
+    def close(self):
+        """Give up: kills the handler if it still runs, drops queued items. May be called twice."""
+        cdef WireConnection conn = self.conn
+        cdef Py_ssize_t i
+        cdef long cost = 0
+        if self.closed:
+            return
+        self.closed = True
+        for i in range(self.head, len(self.items)):
+            if self.costs[i] is not None:
+                cost += self.costs[i]
+        self.items = []
+        self.costs = []
+        self.head = 0
+        if conn is not None:
+            if not self.finished:
+                self.finish(self.closed_error())
+                self.give_up(conn)
+            if cost:
+                conn.consumed(None, cost)
+        elif not self.finished:
+            self.finish(self.closed_error())
+        if self.waiting:
+            self.wake(False)
+
+    cdef object closed_error(self):
+        """For whoever waits for an item, or asks for one later: a stream that was cut must not look complete."""
+        return Cancelled("the stream was closed before its end", sent=self.sent_state(), request_id=self.request_id())
+
+    # ---- async iteration ----
+
+    def __await__(self):
+        return self
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        cdef PyObject *result = NULL
+        cdef int state = _items_send(self, None, &result)
+        value = <object>result
+        Py_DECREF(value)
+        if state == PYGEN_NEXT:
+            return value
+        raise StopIteration(value)
+
+    def send(self, value):
+        return self.__next__()
+
+    def throw(self, *args):
+        self.waiting = False
+        _throw(args)
+
+    cdef int take(self, PyObject **result) except? -1:
+        cdef Py_ssize_t head = self.head
+        cdef object item = self.items[head]
+        cdef long cost = self.costs[head]
+        self.items[head] = None
+        self.head = head + 1
+        if self.head == len(self.items):
+            self.items.clear()
+            self.costs.clear()
+            self.head = 0
+        self.delivered += 1
+        if self.source is not None:
+            self.source.consumed(self, cost)
+        Py_INCREF(item)
+        result[0] = <PyObject *>item
+        return PYGEN_RETURN
+
+    # ---- future protocol; `result` only tells the waiting task to look again ----
+
+    def done(self):
+        return self.head < len(self.items) or self.finished or self.wait_cancelled
+
+    def settled(self):
+        return self.head < len(self.items) or self.finished or self.wait_cancelled
+
+    def cancelled(self):
+        return self.wait_cancelled
+
+    def cancel(self, msg=None):
+        if not self.waiting or self.settled():
+            return False
+        self.wait_cancelled = True
+        self.cancel_message = msg
+        self.wake(False)
+        return True
+
+    def result(self):
+        if self.wait_cancelled:
+            self.wait_cancelled = False
+            self.waiting = False
+            raise CancelledError() if self.cancel_message is None else CancelledError(self.cancel_message)
+        return None
+
+    def exception(self):
+        return None
+
+
+cdef int _items_send(object self_, object arg, PyObject **result) except? -1:
+    cdef ItemReader self = <ItemReader>self_
+    if self.head < len(self.items):
+        self.waiting = False
+        return self.take(result)
+    if self.finished or self.closed:
+        self.waiting = False
+        if self.value is not None:
+            error = self.value
+            self.value = None  # raised once; afterwards the stream is over
+            raise error
+        raise StopAsyncIteration
+    if self.waiting and self.callback is not None:
+        raise RuntimeError("another task is already waiting for an item of this stream")
+    self.waiting = True
+    self._asyncio_future_blocking = True
+    Py_INCREF(self)
+    result[0] = <PyObject *>self
+    return PYGEN_NEXT
+
+
+cdef class ItemStream:
+    """Items of one streamed reply: what the caller holds. Dropping it kills the handler, as ``close()`` does.
+
+    ``__anext__`` hands out the reader itself, so an item that has arrived costs no further object.
+    """
+
+    def __init__(self):
+        raise TypeError("made by a channel only")
+
+    @property
+    def context(self):
+        return self.reader.context
+
+    @property
+    def delivered(self):
+        """Items handed out so far."""
+        return self.reader.delivered
+
+    def __aiter__(self):
+        return self
+
+    def __anext__(self):
+        return self.reader
+
+    def close(self):
+        """Give up: kills the handler if it still runs, drops queued items. May be called twice."""
+        self.reader.close()
+
+    def __del__(self):
+        if self.reader is None or self.reader.closed or self.reader.source is None:
+            return
+        if PyThread_get_thread_ident() == self.thread:
+            self.reader.close()
+        elif not self.reader.loop.is_closed():  # collected by another thread
+            self.reader.loop.call_soon_threadsafe(self.reader.close)
+
+
+cdef ItemStream make_item_stream(ItemReader reader):
+    cdef ItemStream stream = ItemStream.__new__(ItemStream)
+    stream.reader = reader
+    stream.thread = PyThread_get_thread_ident()
+    return stream
+
+
+dw_set_am_send(<PyObject *>CallFuture, <dw_sendfunc>_call_send)
+dw_set_am_send(<PyObject *>ItemReader, <dw_sendfunc>_items_send)
+
+
+# ---- handlers ----------------------------------------------------------------------------------------------------------
+
+
+cdef class EndpointEntry:
+    """A served endpoint: the prepared handler and its counters."""
+
+    def __init__(self, str name, handler):
+        self.name = name
+        self.handler = handler
+        self.function = handler.function
+        self.streaming = handler.streaming
+        self.takes_context = handler.takes_context
+        self.request_type = handler.request_type
+        self.codec = handler.codec
+        self.max_in_flight = handler.max_in_flight
+
+
+cdef class HandlerTask(StreamBase):
+    """A running handler: the current task of its code, and the server's end of the stream."""
+
+    def __init__(self):
+        raise TypeError("made by the server only")
+
+    cdef int begin(self, WireConnection conn, EndpointEntry entry, object payload, int kind, bytes meta, double deadline,
+                   double accept_at, object base_context) except -1:
+        cdef Context context = Context.__new__(Context)
+        cdef object request
+        self.entry = entry
+        self.peer = conn.peer
+        self.deadline = deadline
+        self.reply_kind = kind
+        self._log_destroy_pending = True
+        context._deadline = deadline
+        context._headers = meta
+        context._connection_id = conn.connection_id
+        context._seq = self.seq
+        context.delivery_count = 1
+        self.context = context
+        entry.in_flight += 1
+        entry.started += 1
+        conn.arm(self, min(deadline, accept_at))
+        if kind == 0 and entry.request_type is None:
+            request = payload
+        else:
+            try:
+                request = decode_item(payload, kind, entry.request_type)
+            except DecodeError as error:
+                error.phase = "decode"
+                return self.finish_error(error, True)
+        self.pycontext = PyContext_Copy(base_context)
+        PyContext_Enter(self.pycontext)
+        try:
+            PyContextVar_Set(current_var, context)
+        finally:
+            PyContext_Exit(self.pycontext)
+        try:
+            self.coro = entry.function(request, context) if entry.takes_context else entry.function(request)
+        except Exception as error:  # noqa: BLE001 - user code
+            return self.finish_error(error, False)
+        if not entry.streaming:
+            self.awaitable = self.coro
+        return self.step(None)
+
+    cdef int step(self, object error) except -1:
+        """Run the handler until it suspends, ends, or has to wait for credit."""
+        cdef PyObject *result = NULL
+        cdef int state
+        cdef object value
+        if self.done_:
+            return 0
+        if self._must_cancel:
+            if not isinstance(error, CancelledError):
+                error = CancelledError() if self.cancel_message_ is None else CancelledError(self.cancel_message_)
+            self._must_cancel = False
+        self.waiting_for = None
+        self.started = True
+        self.running = True
+        PyContext_Enter(self.pycontext)
+        _enter_task(self.loop, self)
+        try:
+            while True:
+                if self.awaitable is None:
+                    # Between two items of a generator.
+                    if error is not None:
+                        self.awaitable = self.coro.athrow(error)
+                        self.closing = True
+                        error = None
+                    else:
+                        self.awaitable = dw_anext(self.coro)
+                if error is not None:
+                    raised, error = error, None
+                    try:
+                        value = self.awaitable.throw(raised)
+                        state = PYGEN_NEXT
+                    except StopIteration as stop:
+                        value = stop.value
+                        state = PYGEN_RETURN
+                    finally:
+                        raised = None
+                else:
+                    state = PyIter_Send(self.awaitable, None, &result)
+                    value = <object>result
+                    Py_DECREF(value)
+                if state == PYGEN_NEXT:
+                    self.suspend(value)
+                    return 0
+                if not self.entry.streaming:
+                    self.awaitable = None
+                    self.finish_ok(value)
+                    return 0
+                self.awaitable = None
+                if self.closing:
+                    raise RuntimeError("the streaming handler yielded an item after it was killed")
+                if not self.emit(value, False):
+                    return 0
+                if self._must_cancel:
+                    self._must_cancel = False
+                    error = CancelledError() if self.cancel_message_ is None else CancelledError(self.cancel_message_)
+        except StopAsyncIteration:
+            self.awaitable = None
+            self.finish_ok(None)
+        except (KeyboardInterrupt, SystemExit) as fatal:
+            self.finish_error(fatal, False)
+            self.loop.call_soon(_raise, fatal)
+        except BaseException as failure:  # noqa: BLE001 - whatever the handler raised goes to the caller
+            self.finish_error(failure, False)
+        finally:
+            self.running = False
+            _leave_task(self.loop, self)
+            PyContext_Exit(self.pycontext)
+            if self._must_cancel and not self.done_ and self.waiting_for is None and self.awaitable is None:
+                self.loop.call_soon(self._step_killed)  # killed by its own step, e.g. because the connection broke while writing
+        return 0
+
+    cdef int suspend(self, object future) except -1:
+        """The handler awaits ``future``: what Task.__step does with what a coroutine yields."""
+        cdef object blocking
+        if not self.registered:
+            self.registered = True
+            _register_task(self)
+        if future is None:  # a bare yield, as in asyncio.sleep(0)
+            self.loop.call_soon(self._wakeup_bare, context=self.pycontext)
+            return 0
+        blocking = getattr(future, "_asyncio_future_blocking", None)
+        if blocking is None or not blocking:
+            problem = RuntimeError(
+                f"the handler yielded {future!r}, which is not a future" if blocking is None
+                else f"yield was used instead of yield from in {self!r} with {future!r}"
+            )  # fmt: skip
+        elif future is self:
+            problem = RuntimeError(f"Task cannot await on itself: {self!r}")
+        elif future.get_loop() is not self.loop:
+            problem = RuntimeError(f"{self!r} got Future {future!r} attached to a different loop")
+        else:
+            future._asyncio_future_blocking = False
+            if self.wakeup_ is None:
+                self.wakeup_ = self._wakeup
+            future.add_done_callback(self.wakeup_, context=self.pycontext)
+            self.waiting_for = future
+            if self._must_cancel and future.cancel(self.cancel_message_):
+                self._must_cancel = False
+            return 0
+        self.loop.call_soon(self._throw_in, problem, context=self.pycontext)
+        return 0
+
+    # The loop (or a future of ours) runs these inside self.pycontext, which cannot be entered twice: leave it for the step.
+
+    def _wakeup(self, future):
+        error = None
+        try:
+            future.result()
+        except BaseException as raised:  # noqa: BLE001 - the handler gets it at its await
+            error = raised
+        self._run(error)
+
+    def _wakeup_bare(self):
+        self._run(None)
+
+    def _throw_in(self, error):
+        self._run(error)
+
+    cdef int _run(self, object error) except -1:
+        PyContext_Exit(self.pycontext)
+        try:
+            self.step(error)
+        finally:
+            PyContext_Enter(self.pycontext)
+        return 0
+
+    cdef int emit(self, object item, bint last) except -1:
+        """Send an item, or hold it until there is credit. Returns whether the next one may be produced."""
+        cdef Py_buffer view
+        cdef WireConnection conn = self.conn
+        cdef int kind = 0
+        if conn is None:
+            return 0 if last else 1  # the caller is gone; the handler has been killed and will notice
+        try:
+            if not PyObject_CheckBuffer(item):
+                kind = self.reply_kind
+                if kind == 0:
+                    kind = 2 if self.entry.codec == "json" else 1
+                if kind == 1:
+                    try:
+                        item = _msgpack_encode(item)
+                    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError):
+                        item = encode(item, "msgpack")  # raises a DecodeError that names the type
+                else:
+                    item = encode(item, "json")
+            PyObject_GetBuffer(item, &view, 0)
+        except DecodeError as error:
+            error.sent = "yes"
+            self.finish_error(error, True)
+            return 0
+        except (BufferError, ValueError) as error:
+            self.finish_error(error, False)
+            return 0
+        try:
+            if view.len > conn.peer_max_message:
+                self.finish_error(MessageTooLarge(
+                    f"a reply item of {view.len} bytes from {self.entry.name} exceeds the caller's limit of "
+                    f"{conn.peer_max_message} bytes; raise DYN_TCP_MAX_MESSAGE_SIZE on the caller's side",
+                    size=view.len, limit=conn.peer_max_message, setting="DYN_TCP_MAX_MESSAGE_SIZE", phase="reply", sent="yes",
+                ), True)  # fmt: skip
+                return 0
+            if self.held is not None or not conn.may_send(self):
+                self.held = item
+                self.held_kind = kind
+                self.held_last = last
+                return 0
+            self.item_sent = True
+            conn.put_item(self, <const unsigned char *>view.buf, view.len, item, kind, last)
+        finally:
+            PyBuffer_Release(&view)
+        conn.wrote()
+        if last:
+            if not self.state & S_SENDING:
+                conn.request_done(self)
+            return 0
+        return self.conn is not None and not self.state & S_SENDING
+
+    cdef int emit_held(self) except -1:
+        cdef Py_buffer view
+        cdef WireConnection conn = self.conn
+        cdef object item = self.held
+        if conn is None or not conn.may_send(self):
+            return 0
+        self.held = None
+        PyObject_GetBuffer(item, &view, 0)
+        try:
+            self.item_sent = True
+            conn.put_item(self, <const unsigned char *>view.buf, view.len, item, self.held_kind, self.held_last)
+        finally:
+            PyBuffer_Release(&view)
+        conn.wrote()
+        if self.held_last and not self.state & S_SENDING:
+            conn.request_done(self)
+        return 1
+
+    cdef int on_credit(self) except -1:
+        """Credit, the socket, or the end of a large item: go on where it stopped."""
+        if self.held is not None:
+            if not self.emit_held() or self.held_last:
+                return 0
+        if self.done_ or self.running or self.awaitable is not None or not self.entry.streaming:
+            return 0
+        if self.state & S_SENDING:
+            return 0
+        if self.conn is not None and self.conn.in_dispatch:
+            return self.step(None)
+        self.loop.call_soon(self._resume)
+        return 0
+
+    def _resume(self):
+        if self.done_ or self.running or self.awaitable is not None or self.held is not None or self.waiting_for is not None:
+            return
+        if self.conn is not None and self.state & S_SENDING:
+            return
+        self.step(None)
+
+    cdef int on_sent(self) except -1:
+        if self.state & S_ENDED:
+            if self.conn is not None:
+                self.conn.request_done(self)
+            return 0
+        return self.on_credit()
+
+    cdef int finish_ok(self, object result) except -1:
+        self.done_ = True
+        self.result_ = result
+        if not self.entry.streaming:
+            self.emit(result, True)
+        elif self.conn is not None:
+            self.conn.put_end(self)
+            self.conn.wrote()
+            self.conn.request_done(self)
+        return self.settle()
+
+    cdef int finish_error(self, object error, bint ours) except -1:
+        """End with an error: one that the handler raised, or (``ours``) one of the server's own."""
+        cdef WireConnection conn = self.conn
+        cdef object shown = error
+        self.done_ = True
+        self.held = None
+        self.awaitable = None
+        if isinstance(error, CancelledError):
+            self.cancelled_ = True
+            self.exception_ = error
+            if self.timed_out:
+                shown = DeadlineExceeded(
+                    f"the handler of {self.entry.name} was still running at the request's deadline", phase="total", sent="yes"
+                )
+            elif self.evicted:
+                shown = PeerLost(f"the worker is shutting down and ended its handler of {self.entry.name}", sent="yes")
+            else:
+                shown = Cancelled(f"the handler of {self.entry.name} was killed", sent="yes")
+        else:
+            self.exception_ = error
+        self.entry.failed += 1
+        if conn is not None:
+            if not ours and shown is error and not getattr(error, "handler_untouched", False):
+                # Also an error of ours that a nested call in the handler met: it says nothing about this request.
+                body = handler_error_body(error, with_traceback=self.tracebacks)
+            else:
+                body = error_body(shown)
+            conn.put_error(self, 0, body)
+            conn.wrote()
+            conn.request_done(self)
+        return self.settle()
+
+    cdef int settle(self) except -1:
+        """The handler's code has ended."""
+        cdef EndpointEntry entry = self.entry
+        if self.settled_:
+            return 0
+        self.settled_ = True
+        if self.registered:
+            _unregister_task(self)
+        entry.in_flight -= 1
+        if entry.in_flight == 0 and entry.on_idle is not None:
+            entry.on_idle()
+        self.coro = None if self.coro is None or not self.running else self.coro
+        self.wakeup_ = None
+        if self.callbacks is not None:
+            callbacks, self.callbacks = self.callbacks, None
+            for callback, context in callbacks:
+                self.loop.call_soon(callback, self, context=context)
+        return 0
+
+    cdef int kill(self) except -1:
+        """Cancel the handler, from outside of it."""
+        if self.done_:
+            return 0
+        self.cancel()
+        if self.waiting_for is None and self.awaitable is None and not self.running and self.started:
+            # A generator between two items, waiting for credit.
+            self.held = None
+            self.loop.call_soon(self._step_killed)
+        return 0
+
+    def _step_killed(self):
+        if not self.done_ and not self.running and self.waiting_for is None and self.awaitable is None:
+            self.step(None)
+
+    cdef int on_cancel(self, int kind) except -1:
+        if not self.context._flags & kind:
+            self.context.set_cancelled(CTX_KILLED if kind == 2 else CTX_STOPPED)
+        if kind == 2:
+            if self.done_ and self.held is not None:
+                # The reply is waiting for credit and nobody wants it any more.
+                self.held = None
+                self.conn.put_end(self)
+                self.conn.wrote()
+                self.conn.request_done(self)
+                return 0
+            if self.done_ and self.conn is not None and self.state & S_SENDING:
+                self.conn.put_error(self, 0, error_body(Cancelled("killed while the reply was being sent", sent="yes")))
+                self.conn.wrote()
+                self.conn.request_done(self)
+                return 0
+            return self.kill()
+        return 0
+
+    cdef int on_timer(self, double now) except -1:
+        self.timer = INFINITY
+        if self.done_ and self.held is None:
+            return 0
+        if now >= self.deadline:
+            self.timed_out = True
+            if self.done_:
+                return self.on_cancel(2)
+            self.context.set_cancelled(CTX_KILLED)
+            return self.kill()
+        if not self.item_sent and not self.state & S_ACCEPTED:
+            self.state |= S_ACCEPTED
+            self.conn.put_frame(T_ACCEPT, 0, 0, self.sid, 0, NULL, 0)
+            self.conn.wrote()
+        if self.deadline != INFINITY:
+            self.conn.arm(self, self.deadline)
+        return 0
+
+    cdef int on_lost(self, object error) except -1:
+        """The connection is gone: the caller cannot be reached any more."""
+        self.held = None
+        if not self.done_:
+            self.context.set_cancelled(CTX_KILLED)
+            return self.kill()
+        return 0
+
+    # ---- what asyncio.Task offers ----
+
+    def cancel(self, msg=None):
+        if self.done_:
+            return False
+        self.cancels += 1
+        if self.waiting_for is not None and self.waiting_for.cancel(msg):
+            return True
+        self._must_cancel = True
+        self.cancel_message_ = msg
+        return True
+
+    def cancelling(self):
+        return self.cancels
+
+    def uncancel(self):
+        if self.cancels > 0:
+            self.cancels -= 1
+            if self.cancels == 0:
+                self._must_cancel = False
+        return self.cancels
+
+    def done(self):
+        return self.done_
+
+    def cancelled(self):
+        return self.cancelled_
+
+    def result(self):
+        if not self.done_:
+            raise InvalidStateError("Result is not ready.")
+        if self.exception_ is not None:
+            raise self.exception_
+        return self.result_
+
+    def exception(self):
+        if not self.done_:
+            raise InvalidStateError("Exception is not set.")
+        if self.cancelled_:
+            raise self.exception_
+        return self.exception_
+
+    def add_done_callback(self, callback, *, context=None):
+        if context is None:
+            context = copy_context()
+        if self.done_:
+            self.loop.call_soon(callback, self, context=context)
+            return
+        if self.callbacks is None:
+            self.callbacks = []
+        self.callbacks.append((callback, context))
+
+    def remove_done_callback(self, callback):
+        if self.callbacks is None:
+            return 0
+        kept = [pair for pair in self.callbacks if pair[0] != callback]
+        removed = len(self.callbacks) - len(kept)
+        self.callbacks = kept
+        return removed
+
+    def get_loop(self):
+        return self.loop
+
+    @property
+    def _loop(self):
+        return self.loop
+
+    @property
+    def _fut_waiter(self):
+        return self.waiting_for
+
+    def get_coro(self):
+        return self.coro
+
+    def get_context(self):
+        return self.pycontext
+
+    def get_name(self):
+        return self.name or f"dynwire-{self.entry.name}-{self.seq}"
+
+    def set_name(self, value):
+        self.name = str(value)
+
+    def get_stack(self, *, limit=None):
+        frame = getattr(self.coro, "cr_frame", None) or getattr(self.coro, "ag_frame", None)
+        return [] if frame is None or self.done_ else [frame]
+
+    def print_stack(self, *, limit=None, file=None):
+        import traceback
+
+        for frame in self.get_stack():
+            traceback.print_stack(frame, limit=limit, file=file)
+
+    def __await__(self):
+        if not self.done_:
+            self._asyncio_future_blocking = True
+            yield self
+        if not self.done_:
+            raise RuntimeError("await wasn't used with future")
+        return self.result()
+
+    def __repr__(self):
+        state = "cancelled" if self.cancelled_ else "finished" if self.done_ else "pending"
+        return f"<HandlerTask {self.get_name()} {state}>"

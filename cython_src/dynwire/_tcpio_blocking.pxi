@@ -1,0 +1,659 @@
+# Connections of the blocking side: callers' threads do the I/O themselves. The file is included by _tcpio.pyx.
+#
+# One thread at a time reads a connection (the leader); it completes the calls of the others and wakes them. When its own call is
+# done it hands the reading over to one that still waits. One thread at a time writes, and takes along what others have queued.
+# All state is protected by the GIL, which is released in system calls only.
+
+cdef extern from "<semaphore.h>" nogil:
+    ctypedef struct sem_t:
+        pass
+    int sem_init(sem_t *sem, int shared, unsigned int value)
+    int sem_destroy(sem_t *sem)
+    int sem_post(sem_t *sem)
+
+cdef extern from *:
+    """
+    #include <semaphore.h>
+    #include <time.h>
+    static inline int dw_sem_wait(sem_t *sem, double seconds) {
+        struct timespec t; clock_gettime(CLOCK_REALTIME, &t);
+        double until = (double)t.tv_nsec * 1e-9 + seconds;
+        t.tv_sec += (time_t)until; t.tv_nsec = (long)((until - (double)(time_t)until) * 1e9);
+        return sem_timedwait(sem, &t);
+    }
+    """
+    int dw_sem_wait(sem_t *sem, double seconds) nogil
+
+cdef enum:
+    SLICE_MS = 100                # the longest that a thread sleeps in a system call before it looks at the clock again
+
+cdef double IDLE_LIMIT_S = 60.0   # an unused connection of the pool is closed after this long
+cdef double STALE_S = 0.02        # a connection unused for longer is looked at before it is used: the peer may have closed it
+
+
+cdef class Parker:
+    """What a waiting thread sleeps on."""
+    cdef sem_t sem
+
+    def __cinit__(self):
+        sem_init(&self.sem, 0, 0)
+
+    def __dealloc__(self):
+        sem_destroy(&self.sem)
+
+
+cdef class BlockingCall(CallFuture):
+    cdef Parker parker
+
+    cdef int wake(self, bint direct) except -1:
+        if self.parker is not None:
+            sem_post(&self.parker.sem)
+        return 0
+
+
+cdef class BlockingReader(ItemReader):
+    cdef Parker parker
+
+    cdef int wake(self, bint direct) except -1:
+        if self.parker is not None:
+            sem_post(&self.parker.sem)
+        return 0
+
+
+cdef class BlockingConnection(WireConnection):
+    """A client connection without an event loop. Any thread may use it."""
+
+    cdef int fd
+    cdef object sock
+    cdef bint reader_active
+    cdef bint writer_active
+    cdef list parkers                # of threads that wait while another one reads
+    cdef readonly object close_error
+    cdef double spin_s
+    cdef int spin_misses
+    cdef double idle_since
+    cdef readonly object owner       # pool, until the connection is gone
+    cdef bint hello_seen
+
+    def __init__(self, sock, peer, RequestOptions options, owner, **limits):
+        super().__init__(True, **limits)
+        options.apply(self)
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.peer = peer
+        self.parkers = []
+        self.spin_s = options.spin_s
+        self.owner = owner
+        self.last_rx = dw_now()
+
+    def handshake(self, *, str software, bytes connection_id, token, double accept_timeout, double timeout):
+        """Exchange HELLO within ``timeout`` seconds. Raises what ended the connection instead; `TimeoutError` when nothing came."""
+        cdef double deadline = dw_now() + timeout
+        cdef double left
+        self.start(software=software, connection_id=connection_id, token=token,
+                   accept_timeout_ms=<int>min(accept_timeout * 1000, 2e9))  # fmt: skip
+        self.write_out(None)
+        while not self.ready and not self.dead:
+            left = deadline - dw_now()
+            if left <= 0:
+                self.lost(PeerLost(f"{self.peer} did not answer", peer=self.peer))
+                raise TimeoutError
+            self.read_in(min(left, SLICE_MS * 0.001))
+        if self.dead:
+            raise self.close_error
+
+    cdef int on_hello(self, dict hello) except -1:
+        return 0
+
+    cdef int on_goaway(self, int code, uint32_t last_seq, str text) except -1:
+        if code != GOAWAY_NORMAL or not self.ready:
+            return self.lost(goaway_error(self, code, text))
+        return self.refuse_after(last_seq, not_taken(self, text))
+
+    cdef int on_request_sent(self, StreamBase stream) except -1:
+        return name_request(self, <Waiter>stream)
+
+    # ---- writing ----
+
+    cdef int write_out(self, Waiter call) except -1:
+        """Write what is queued, unless another thread is at it. Returns early when ``call`` is over."""
+        cdef dw_chunk chunks[MAX_CHUNKS]
+        cdef int n, i
+        cdef size_t total
+        cdef ssize_t written
+        cdef int fd = self.fd
+        cdef int code
+        if self.writer_active or self.dead:
+            return 0
+        self.writer_active = True
+        try:
+            while self.has_output() and not self.dead:
+                n = self.gather(chunks, 1048576)
+                total = 0
+                for i in range(n):
+                    total += chunks[i].len
+                with nogil:
+                    written = dw_sendmsg(fd, chunks, n, MSG_DONTWAIT | MSG_NOSIGNAL)
+                    code = errno
+                if self.dead:
+                    return 0
+                if written >= 0:
+                    self.sent(written)
+                    if <size_t>written == total:
+                        continue
+                else:
+                    self.sent(0)
+                    if code == EINTR:
+                        PyErr_CheckSignals()
+                        continue
+                    if code != EAGAIN:
+                        return self.lost(PeerLost(
+                            f"the connection to {self.peer} broke while sending: {read_error_text(code)}", peer=self.peer, sent="maybe"
+                        ))  # fmt: skip
+                self.writer_blocked = True
+                self.wait_writable()
+                if call is not None and call.outcome != PENDING:
+                    return 0
+        finally:
+            self.writer_active = False
+            self.writer_blocked = False
+            self.blocked = 0
+            if self.dead:
+                self.close_descriptor()
+        return 0
+
+    cdef int wait_writable(self) except -1:
+        """The socket is full. Read meanwhile: the peer may be waiting for that before it reads on."""
+        cdef pollfd p
+        cdef int r
+        cdef double left = SLICE_MS
+        p.fd = self.fd
+        p.events = POLLOUT if self.reader_active else POLLOUT | POLLIN
+        p.revents = 0
+        with nogil:
+            r = poll(&p, 1, <int>left)
+        PyErr_CheckSignals()
+        if self.dead:
+            return 0
+        if r > 0 and p.revents & POLLIN and not self.reader_active:
+            self.read_in(0)
+        self.tick(dw_now())
+        return 0
+
+    cdef int wrote(self) except -1:
+        return 0  # whoever is reading or calling writes before it sleeps
+
+    # ---- reading ----
+
+    cdef int read_in(self, double seconds) except -1:
+        """Read once, waiting at most ``seconds``; the caller is the leader or the only user."""
+        cdef unsigned char *base
+        cdef size_t size, first
+        cdef ssize_t n = -1
+        cdef iovec iov[2]
+        cdef pollfd p
+        cdef int fd = self.fd
+        cdef int code = EAGAIN
+        cdef int r = 1
+        cdef bint landing
+        cdef double spin_until
+        if self.dead:
+            return 0
+        self.reader_active = True
+        try:
+            self.recv_target(&base, &size)
+            landing = self.land_left > 0
+            if landing:
+                self.rpos = self.rend = 0
+                iov[0].iov_base = base
+                iov[0].iov_len = size
+                iov[1].iov_base = self.rbuf
+                iov[1].iov_len = HEADER_BYTES
+            with nogil:
+                if self.spin_s > 0 and seconds > 0 and self.spin_misses < 16:
+                    spin_until = dw_now() + self.spin_s
+                    while True:
+                        n = readv(fd, iov, 2) if landing else c_recv(fd, base, size, MSG_DONTWAIT)
+                        code = errno
+                        if n >= 0 or code != EAGAIN or dw_now() >= spin_until:
+                            break
+                        sched_yield()
+                    if n < 0 and code == EAGAIN:
+                        self.spin_misses += 1
+                    else:
+                        self.spin_misses = 0
+                if n < 0 and code == EAGAIN:
+                    if seconds < SLICE_MS * 0.001 or landing:
+                        p.fd = fd
+                        p.events = POLLIN
+                        p.revents = 0
+                        r = poll(&p, 1, <int>(seconds * 1000 + 0.999))
+                        code = errno
+                        if r > 0:
+                            n = readv(fd, iov, 2) if landing else c_recv(fd, base, size, MSG_DONTWAIT)
+                            code = errno
+                        elif r == 0:
+                            code = EAGAIN
+                    else:
+                        n = c_recv(fd, base, size, 0)  # the socket's own timeout is one slice
+                        code = errno
+        finally:
+            self.reader_active = False
+        if self.dead:
+            return self.close_descriptor()
+        if n > 0:
+            try:
+                if landing:
+                    first = min(<size_t>n, size)
+                    self.received(first, dw_now())
+                    if <size_t>n > first:
+                        self.received(n - first, self.now)
+                else:
+                    self.received(n, dw_now())
+            except DynwireError as error:
+                if self.ready:
+                    self.put_goaway(GOAWAY_PROTOCOL, str(error))
+                    self.write_out(None)
+                self.lost(error)
+            return 1
+        if n == 0:
+            return self.lost(PeerLost(f"{self.peer} closed the connection", peer=self.peer, sent="maybe"))
+        if code == EINTR:
+            PyErr_CheckSignals()
+        elif code != EAGAIN:
+            return self.lost(PeerLost(
+                f"the connection to {self.peer} broke while receiving: {read_error_text(code)}", peer=self.peer, sent="maybe"
+            ))  # fmt: skip
+        return 0
+
+    cdef int tick(self, double now) except -1:
+        """Timers of all calls on the connection, and the keep-alive ping."""
+        if now >= self.next_wakeup() and not self.dead:
+            self.sweep(now)
+            if not self.dead and not self.check_alive(now):
+                self.lost(silent_error(self, now))
+        return 0
+
+    cdef int wait(self, Waiter call, Parker parker) except -1:
+        """Until the call is settled: read, or sleep while another thread reads."""
+        cdef double now, left
+        cdef int r
+        while not settled(call):
+            if self.dead and not settled(call):
+                return 0
+            if self.has_output():
+                self.write_out(call)
+                if settled(call):
+                    break
+            if self.reader_active:
+                self.parkers.append(parker)
+                try:
+                    with nogil:
+                        r = dw_sem_wait(&parker.sem, 1.0)
+                finally:
+                    self.parkers.remove(parker)
+                if r != 0:
+                    PyErr_CheckSignals()
+                continue
+            now = dw_now()
+            left = self.next_wakeup() - now
+            if left <= 0:
+                self.tick(now)
+                continue
+            self.read_in(min(left, SLICE_MS * 0.001))
+        self.hand_over()
+        return 0
+
+    cdef int hand_over(self) except -1:
+        """Wake one waiting thread, so that somebody reads on."""
+        if self.parkers and not self.reader_active:
+            sem_post(&(<Parker>self.parkers[0]).sem)
+        return 0
+
+    cdef int look(self) except -1:
+        """Take notice of what has come while nobody was reading: the end of the connection, say."""
+        cdef pollfd p
+        cdef int r = 1
+        while r > 0 and not self.dead and not self.reader_active:
+            p.fd = self.fd
+            p.events = POLLIN
+            p.revents = 0
+            r = poll(&p, 1, 0)
+            if r > 0:
+                self.read_in(0)
+        if self.has_output() and not self.dead:
+            self.write_out(None)
+        return 0
+
+    # ---- end ----
+
+    cdef int lost(self, object error) except -1:
+        cdef list streams
+        if self.dead:
+            return 0
+        self.dead = True
+        self.ready = False
+        self.close_error = error
+        # Wakes a thread that sleeps in recv or poll on it; the descriptor itself is closed when nobody can be using it.
+        c_shutdown(self.fd, SHUT_RDWR)
+        streams = self.take_all_streams()
+        for stream in streams:
+            (<StreamBase>stream).on_lost(error)
+        for parker in self.parkers:
+            sem_post(&(<Parker>parker).sem)
+        owner, self.owner = self.owner, None
+        if owner is not None:
+            owner.gone(self)
+        return self.close_descriptor()
+
+    cdef int close_descriptor(self) except -1:
+        """Close it if no thread can be in a system call on it; otherwise that thread does so when it comes back."""
+        if not self.reader_active and not self.writer_active:
+            self.sock.close()
+        return 0
+
+    def close(self, error=None):
+        """Close now; calls in flight end with ``error``."""
+        self.lost(error or ManagerClosed(f"the connection to {self.peer} was closed", peer=self.peer, sent="maybe"))
+
+    def forget(self):
+        """Close our copy of the descriptor and tell nobody: for the child after a fork."""
+        self.dead = True
+        self.sock.close()
+
+    def stats(self):
+        """Counters of the connection, for diagnostics and tests."""
+        return {
+            "peer": self.peer, "streams": self.live, "rx_bytes": self.rx_bytes, "landed_bytes": self.landed_bytes,
+            "rx_frames": self.rx_frames, "tx_frames": self.tx_frames, "backlog": self.output_backlog(), "draining": self.draining,
+        }  # fmt: skip
+
+
+cdef inline bint settled(Waiter call):
+    """Is there something to hand to the waiting thread?"""
+    if type(call) is BlockingCall:
+        return call.outcome != PENDING
+    return (<ItemReader>call).head < len((<ItemReader>call).items) or (<ItemReader>call).finished
+
+
+cdef object _thread_local = threading.local()
+
+
+cdef Parker my_parker():
+    """The calling thread's semaphore."""
+    parker = getattr(_thread_local, "parker", None)
+    if parker is None:
+        parker = _thread_local.parker = Parker()
+    return <Parker>parker
+
+
+cdef class BlockingPool:
+    """Connections to one address. An idle one is used first, then a new one is opened up to the limit, then calls share.
+
+    ``open_connection(pool, timeout)`` returns a connected `BlockingConnection` or raises.
+    """
+
+    cdef list idle                   # not in use, the last used at the end
+    cdef list connections            # all
+    cdef int opening
+    cdef readonly int limit
+    cdef object open_connection
+    cdef readonly str address
+    cdef bint closed
+
+    def __init__(self, str address, int limit, open_connection):
+        self.address = address
+        self.limit = limit
+        self.open_connection = open_connection
+        self.idle = []
+        self.connections = []
+
+    cdef BlockingConnection acquire(self, object timeout):
+        """A connection to send on; ``release`` it when the call or stream has ended."""
+        cdef BlockingConnection conn
+        cdef double now
+        while self.idle:
+            conn = self.idle.pop()
+            if conn.dead or conn.draining:
+                self.discard(conn)
+                continue
+            now = dw_now()
+            if now - conn.idle_since > STALE_S:
+                conn.look()
+                if conn.dead or conn.draining:
+                    self.discard(conn)
+                    continue
+            return conn
+        if self.closed:
+            raise ManagerClosed("the client is closed", peer=self.address)
+        if len(self.connections) + self.opening < self.limit:
+            self.opening += 1
+            try:
+                conn = self.open_connection(self, timeout)
+            finally:
+                self.opening -= 1
+            if self.closed:
+                conn.close()
+                raise ManagerClosed("the client is closed", peer=self.address)
+            self.connections.append(conn)
+            return conn
+        best = None
+        for candidate in self.connections:
+            conn = candidate
+            if not conn.dead and not conn.draining and (best is None or conn.live < (<BlockingConnection>best).live):
+                best = conn
+        if best is None:
+            raise ConnectError(
+                f"no usable connection to {self.address}: all {self.limit} (DYN_TCP_POOL_SIZE) are being opened or closed",
+                peer=self.address,
+            )
+        return <BlockingConnection>best
+
+    cdef int release(self, BlockingConnection conn) except -1:
+        if conn.dead or conn.draining and conn.live == 0:
+            self.discard(conn)
+        elif conn.live == 0 and conn not in self.idle:
+            conn.idle_since = dw_now()
+            self.idle.append(conn)
+            if len(self.idle) > 1:
+                conn = self.idle[0]
+                if dw_now() - conn.idle_since > IDLE_LIMIT_S:
+                    self.idle.pop(0)
+                    self.discard(conn)
+        return 0
+
+    cdef int discard(self, BlockingConnection conn) except -1:
+        if conn in self.connections:
+            self.connections.remove(conn)
+        if not conn.dead:
+            conn.close()
+        return 0
+
+    def gone(self, conn):
+        """A connection has ended."""
+        if conn in self.idle:
+            self.idle.remove(conn)
+        if conn in self.connections:
+            self.connections.remove(conn)
+
+    def connect(self, timeout=None):
+        """Make sure that there is a connection; raises what `open_connection` raises."""
+        if not self.connections:
+            self.release(self.acquire(timeout))
+
+    def close(self):
+        self.closed = True
+        for conn in list(self.connections):
+            (<BlockingConnection>conn).close()
+        self.idle.clear()
+
+    def forget(self):
+        """Drop everything without telling the peers: for the child after a fork."""
+        self.closed = True
+        for conn in self.connections:
+            (<BlockingConnection>conn).forget()
+        self.connections = []
+        self.idle = []
+
+    def stats(self):
+        return [(<BlockingConnection>conn).stats() for conn in list(self.connections)]
+
+
+cdef class BlockingTcpChannel(ChannelBase):
+    """Blocking calls to one instance (see `dynwire.planes.base.Channel`). Any thread may call."""
+
+    cdef readonly BlockingPool pool
+    cdef RequestOptions options
+    cdef str endpoint
+
+    def __init__(self, instance, BlockingPool pool, RequestOptions options):
+        self.instance = instance
+        self.pool = pool
+        self.options = options
+        self.endpoint = instance.path
+        self.peer = instance.address
+
+    cdef BlockingConnection start(self, Waiter call, object payload, object timeouts, object reply_type, Context context):
+        cdef BlockingConnection conn
+        cdef int kind = 0
+        cdef double now
+        cdef bytes meta
+        cdef object data = encode_payload(payload, &kind, self.options.kind)
+        call.reply_type = reply_type
+        set_limits(call, self.options, timeouts, context, dw_now())
+        meta = request_meta(context)
+        if context is not None and context._flags & CTX_KILLED:
+            raise Cancelled("the request was killed by its context before it was sent", peer=self.peer, sent="no")
+        conn = self.pool.acquire(timeouts.connect if isinstance(timeouts, Timeouts) else None)
+        now = dw_now()
+        if now >= call.total_deadline:
+            self.pool.release(conn)
+            raise call.timeout_error(now)
+        if call.phase_deadline < now + call.phase_timeout:
+            call.phase_deadline = now + call.phase_timeout  # opening a connection does not count towards the accept timeout
+        if context is not None:
+            call.context = context
+            context._canceller = call._cancel_request
+        try:
+            conn.submit(call, self.endpoint, data, kind, meta, call.total_deadline, min(call.total_deadline, call.phase_deadline), now)
+        except BaseException:
+            if context is not None:
+                context._canceller = None
+            self.pool.release(conn)
+            raise
+        call.channel = self
+        self.in_flight += 1
+        return conn
+
+    def call(self, payload, timeouts=None, reply_type=None, Context context=None):
+        cdef BlockingCall call = BlockingCall.__new__(BlockingCall)
+        cdef BlockingConnection conn
+        call.parker = my_parker()
+        conn = self.start(call, payload, timeouts, reply_type, context)
+        try:
+            conn.write_out(call)
+            conn.wait(call, call.parker)
+        except BaseException:
+            # Ctrl-C, say: nobody waits any more.
+            if call.outcome == PENDING:
+                call.outcome = CANCELLED
+                call.give_up(call.conn)
+                call.settle()
+                if not conn.dead:
+                    conn.write_out(call)
+            conn.hand_over()
+            self.pool.release(conn)
+            raise
+        self.pool.release(conn)
+        if call.outcome == RESULT:
+            return call.value
+        raise call.value or PeerLost(f"the connection to {self.peer} is gone", peer=self.peer, sent="maybe")
+
+    def stream(self, payload, timeouts=None, reply_type=None, Context context=None):
+        cdef BlockingReader reader = BlockingReader.__new__(BlockingReader)
+        cdef BlockingConnection conn
+        cdef BlockingItemStream stream
+        if context is None:
+            context = Context.__new__(Context)
+            context._deadline = INFINITY
+            parent = current_context()
+            if parent is not None:
+                context._deadline = parent._deadline
+                if parent._headers is not None:
+                    context._headers = {k: v for k, v in parent.headers.items() if k in INHERITED_HEADERS}
+        conn = self.start(reader, payload, timeouts, reply_type, context)
+        reader.source = conn
+        stream = BlockingItemStream.__new__(BlockingItemStream)
+        stream.reader = reader
+        stream.conn = conn
+        stream.pool = self.pool
+        conn.write_out(reader)
+        return stream
+
+
+cdef class BlockingItemStream:
+    """Items of one streamed reply, for a blocking caller. One thread at a time may iterate; any thread may close."""
+
+    cdef BlockingReader reader
+    cdef BlockingConnection conn
+    cdef BlockingPool pool
+
+    def __init__(self):
+        raise TypeError("made by a channel only")
+
+    @property
+    def context(self):
+        return self.reader.context
+
+    @property
+    def delivered(self):
+        """Items handed out so far."""
+        return self.reader.delivered
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        cdef BlockingReader reader = self.reader
+        cdef PyObject *result = NULL
+        if reader.head >= len(reader.items):
+            if reader.finished or reader.closed:
+                self.end()
+                if reader.value is not None:
+                    error = reader.value
+                    reader.value = None
+                    raise error
+                raise StopIteration
+            reader.parker = my_parker()
+            reader.waiting = True
+            try:
+                self.conn.wait(reader, reader.parker)
+            except BaseException:
+                self.close()
+                raise
+            finally:
+                reader.waiting = False
+                reader.parker = None
+            return self.__next__()
+        reader.take(&result)
+        item = <object>result
+        Py_DECREF(item)
+        return item
+
+    cdef int end(self) except -1:
+        cdef BlockingConnection conn = self.conn
+        self.conn = None
+        if conn is not None:
+            if conn.has_output() and not conn.dead:
+                conn.write_out(None)
+            self.pool.release(conn)
+        return 0
+
+    def close(self):
+        """Give up: kills the handler if it still runs, drops queued items. May be called twice."""
+        self.reader.close()
+        self.end()
+
+    def __del__(self):
+        if self.reader is not None and not self.reader.closed:
+            self.close()

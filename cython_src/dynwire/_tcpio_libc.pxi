@@ -1,0 +1,304 @@
+# System calls and small helpers shared by the drivers. The file is included by _tcpio.pyx.
+
+import asyncio
+import errno as errno_module
+import hmac
+import os
+import socket as socket_module
+import threading
+from contextvars import copy_context
+
+import msgspec
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
+from cpython.object cimport PyObject
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.math cimport INFINITY
+from cpython.ref cimport Py_DECREF
+from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+
+from ._awaitable cimport (
+    CANCELLED,
+    PENDING,
+    RESULT,
+    CallFuture,
+    ChannelBase,
+    EndpointEntry,
+    HandlerTask,
+    ItemReader,
+    ItemStream,
+    Waiter,
+    make_item_stream,
+)
+from ._buffers cimport Payload
+from ._context cimport CTX_KILLED, CTX_STOPPED, Context, current_context
+from ._frames cimport (
+    FRAGMENT_FROM,
+    HEADER_BYTES,
+    ITEM_OVERHEAD,
+    MAX_CHUNKS,
+    META_LIMIT,
+    S_ACCEPTED,
+    S_ENDED,
+    S_PENDING,
+    S_SENDING,
+    S_WRITTEN,
+    S_ZOMBIE,
+    T_ACCEPT,
+    T_PING,
+    StreamBase,
+    WireConnection,
+    dw_chunk,
+)
+
+from . import errors as _errors
+from ._context import INHERITED_HEADERS
+from .codec import encode as _encode_with
+from .errors import (
+    BY_CODE,
+    Cancelled,
+    ConfigError,
+    ConnectError,
+    DeadlineExceeded,
+    DynwireError,
+    EndpointNotFound,
+    ManagerClosed,
+    MessageTooLarge,
+    Overloaded,
+    PeerLost,
+    PlaneMismatch,
+    ProtocolError,
+    Unauthenticated,
+)
+from .types import Timeouts
+from .wire.faults import error_body, for_request
+
+cdef extern from "<sys/socket.h>" nogil:
+    ssize_t c_recv "recv"(int fd, void *buf, size_t n, int flags)
+    ssize_t c_send "send"(int fd, const void *buf, size_t n, int flags)
+    int MSG_DONTWAIT
+    int MSG_NOSIGNAL
+    int SHUT_RDWR
+    int c_shutdown "shutdown"(int fd, int how)
+
+cdef extern from "<sys/uio.h>" nogil:
+    struct iovec:
+        void *iov_base
+        size_t iov_len
+    ssize_t readv(int fd, const iovec *iov, int n)
+
+cdef extern from "<poll.h>" nogil:
+    struct pollfd:
+        int fd
+        short events
+        short revents
+    int poll(pollfd *fds, unsigned long n, int timeout_ms)
+    short POLLIN
+    short POLLOUT
+
+cdef extern from "<sched.h>" nogil:
+    int sched_yield()
+
+cdef extern from *:
+    """
+    #include <time.h>
+    #include <string.h>
+    #include <sys/socket.h>
+    #include <sys/uio.h>
+    static inline double dw_now(void) {
+        struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+    }
+    /* dw_chunk has the layout of struct iovec, by construction on Linux: pointer, then size_t. */
+    _Static_assert(sizeof(dw_chunk) == sizeof(struct iovec), "dw_chunk must match struct iovec");
+    static inline ssize_t dw_sendmsg(int fd, dw_chunk *chunks, int n, int flags) {
+        if (n == 1) return send(fd, chunks[0].base, chunks[0].len, flags);
+        struct msghdr m; memset(&m, 0, sizeof m);
+        m.msg_iov = (struct iovec *)chunks; m.msg_iovlen = (size_t)n;
+        return sendmsg(fd, &m, flags);
+    }
+    """
+    double dw_now() nogil
+    ssize_t dw_sendmsg(int fd, dw_chunk *chunks, int n, int flags) nogil
+
+cdef extern from "Python.h":
+    int PyObject_CheckBuffer(object)
+    int PyObject_GetBuffer(object, Py_buffer *, int) except -1
+    void PyBuffer_Release(Py_buffer *)
+    int PyErr_CheckSignals() except -1
+
+cdef enum:
+    CONGESTED_BYTES = 262144      # backlog of frames from which producers wait for the socket
+    STOP_READING_BYTES = 1048576  # backlog from which nothing more is read from a peer that does not read its replies
+    EARLY_FLUSH = 4096            # first of the geometric thresholds (x4 each) at which a read callback writes before its end
+    GOAWAY_NORMAL = 0
+    GOAWAY_PROTOCOL = 1
+    GOAWAY_UNAUTHENTICATED = 2
+    GOAWAY_OVERLOADED = 3
+    GOAWAY_VERSION = 4
+
+cdef object _pack_headers = msgspec.msgpack.Encoder().encode
+cdef object _msgpack_encode = msgspec.msgpack.Encoder().encode
+
+
+def read_error_text(int code):
+    return f"{errno_module.errorcode.get(code, code)}: {os.strerror(code)}"
+
+
+cdef class RequestOptions:
+    """Settings of a client that every call needs, unpacked once."""
+    cdef double accept_timeout
+    cdef double total_timeout
+    cdef int kind                  # codec of objects: 1 msgpack, 2 json
+    cdef int channel_buffer
+    cdef double keepalive_interval
+    cdef double keepalive_timeout
+    cdef double spin_s
+
+    def __init__(self, *, accept_timeout, total_timeout=None, codec="msgpack", channel_buffer=100, keepalive_interval=10.0,
+                 keepalive_timeout=10.0, spin_us=0.0):
+        self.accept_timeout = accept_timeout
+        self.total_timeout = INFINITY if total_timeout is None else total_timeout
+        self.kind = 2 if codec == "json" else 1
+        self.channel_buffer = channel_buffer
+        self.keepalive_interval = keepalive_interval
+        self.keepalive_timeout = keepalive_timeout
+        self.spin_s = spin_us * 1e-6
+
+
+    cdef apply(self, WireConnection conn):
+        conn.channel_buffer = self.channel_buffer
+        conn.keepalive_interval = self.keepalive_interval
+        conn.keepalive_timeout = self.keepalive_timeout
+
+
+cdef inline double _or_infinity(object value) except? -1.0:
+    return INFINITY if value is None else <double>value
+
+
+cdef bytes make_meta(Context context, dict headers):
+    """Metadata of a request: headers, and the id if the caller chose one."""
+    out = dict(headers) if headers else {}
+    if context is not None and context._id is not None and context._connection_id is None:
+        out["x-request-id"] = context._id
+    if not out:
+        return None
+    packed = _pack_headers(out)
+    if len(packed) > META_LIMIT:
+        raise MessageTooLarge(
+            f"headers of {len(packed)} bytes exceed the limit of {META_LIMIT} bytes per request", size=len(packed), limit=META_LIMIT,
+            setting="(fixed by the wire)",
+        )  # fmt: skip
+    return packed
+
+
+cdef object encode_payload(object payload, int *kind, int default_kind):
+    """The bytes-like form of a payload, and the number of its codec."""
+    if PyBytes_CheckExact(payload) or PyObject_CheckBuffer(payload):
+        kind[0] = 0
+        return payload
+    kind[0] = default_kind
+    if default_kind == 1:
+        try:
+            return _msgpack_encode(payload)
+        except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError):
+            return _encode_with(payload, "msgpack")  # raises a DecodeError that names the type
+    return _encode_with(payload, "json")
+
+
+cdef int set_limits(Waiter call, RequestOptions options, object timeouts, Context context, double now) except -1:
+    """Resolve the caller's argument, the client's defaults and the surrounding request into the call's deadlines."""
+    cdef double total = options.total_timeout
+    cdef double accept = options.accept_timeout
+    cdef double first_item = INFINITY
+    cdef double between_items = INFINITY
+    cdef double deadline
+    cdef Context parent
+    if timeouts is not None:
+        if type(timeouts) is float or type(timeouts) is int:
+            total = timeouts
+        elif isinstance(timeouts, Timeouts):
+            if timeouts.total is not None:
+                total = timeouts.total
+            if timeouts.accept is not None:
+                accept = timeouts.accept
+            first_item = _or_infinity(timeouts.first_item)
+            between_items = _or_infinity(timeouts.between_items)
+        else:
+            raise ConfigError(f"timeout is a number of seconds or a Timeouts, got {timeouts!r}", name="timeout", value=timeouts)
+        if not (total > 0 and accept > 0 and first_item > 0 and between_items > 0):
+            raise DeadlineExceeded(f"the timeout of {total:.3g} s had passed before the request was sent", timeout=total, sent="no")
+    call.total_timeout = total
+    deadline = now + total
+    if context is None:
+        parent = current_context()
+    else:
+        parent = context
+    if parent is not None and parent._deadline < deadline:
+        deadline = parent._deadline
+        call.total_timeout = deadline - now
+        if deadline <= now:
+            raise DeadlineExceeded(
+                "the deadline had passed before the request was sent", timeout=call.total_timeout, sent="no",
+                phase="total",
+            )  # fmt: skip
+    call.total_deadline = deadline
+    call.phase = "accept"
+    call.phase_timeout = accept
+    call.phase_deadline = now + accept
+    if type(call) is not CallFuture and isinstance(call, ItemReader):
+        (<ItemReader>call).first_item_timeout = first_item
+        (<ItemReader>call).between_items_timeout = between_items
+        if first_item < accept:
+            call.phase = "first_item"
+            call.phase_timeout = first_item
+            call.phase_deadline = now + first_item
+    return 0
+
+
+cdef bytes request_meta(Context context):
+    """Headers and id that travel with a request: those of its own context, or the trace of the surrounding request."""
+    cdef Context parent
+    if context is not None:
+        return make_meta(context, context.headers)
+    parent = current_context()
+    if parent is None or parent._headers is None:
+        return None
+    headers = parent.headers
+    inherited = {name: headers[name] for name in INHERITED_HEADERS if name in headers}
+    return make_meta(None, inherited)
+
+
+GOAWAY_ERRORS = {
+    GOAWAY_NORMAL: PeerLost,
+    GOAWAY_PROTOCOL: ProtocolError,
+    GOAWAY_UNAUTHENTICATED: Unauthenticated,
+    GOAWAY_OVERLOADED: Overloaded,
+    GOAWAY_VERSION: PlaneMismatch,
+}
+
+
+cdef object goaway_error(WireConnection conn, int code, str text):
+    """The peer closes the connection, or refuses it before it has begun."""
+    cls = GOAWAY_ERRORS.get(code, PeerLost)
+    if cls is PlaneMismatch:
+        return PlaneMismatch(f"{conn.peer}: {text}", ours="dynwire/1", theirs="another version of the wire", peer=conn.peer)
+    return cls(f"{conn.peer} closed the connection: {text}", peer=conn.peer, sent="maybe")
+
+
+cdef object not_taken(WireConnection conn, str text):
+    return PeerLost(f"{conn.peer} is shutting down ({text}) and did not take the request", peer=conn.peer, sent="no")
+
+
+cdef object silent_error(WireConnection conn, double now):
+    quiet = now - max(conn.last_rx, conn.live_since)
+    return PeerLost(
+        f"{conn.peer} gave no sign of life for {quiet:.3g} s (a ping was not answered within {conn.keepalive_timeout:.3g} s, "
+        "DYNWIRE_TCP_KEEPALIVE_TIMEOUT)", peer=conn.peer, sent="maybe",
+    )  # fmt: skip
+
+
+cdef int name_request(WireConnection conn, Waiter call) except -1:
+    """Let the request's context know its id, which connection and sequence number make."""
+    if call.context is not None and call.context._connection_id is None:
+        call.context._connection_id = conn.connection_id
+        call.context._seq = call.seq
+    return 0

@@ -1,0 +1,6 @@
+"""``python -m dynwire`` is the ``dynwire`` command."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

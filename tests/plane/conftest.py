@@ -1,0 +1,76 @@
+"""Every test here runs on every plane, with the async API on both event loops and with the blocking API."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dynwire
+
+from .faces import Manager
+
+Managers = Callable[..., AbstractAsyncContextManager[Manager]]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "faces(*names): the APIs the test is for, of async and blocking")
+    config.addinivalue_line("markers", "planes(*names): the planes the test is for")
+
+
+def available_planes() -> list[str]:
+    tcp = importlib.import_module("dynwire.planes.tcp")
+    return ["memory", "tcp"] if hasattr(tcp, "AsyncTcpServer") else ["memory"]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "managers" not in metafunc.fixturenames:
+        return
+    marker = metafunc.definition.get_closest_marker("faces")
+    faces = marker.args if marker else ("async", "blocking")
+    marker = metafunc.definition.get_closest_marker("planes")
+    planes = [plane for plane in available_planes() if marker is None or plane in marker.args]
+    combinations = [
+        pytest.param(plane, face, loop, id=f"{plane}-{face}-{loop}")
+        for plane in planes
+        for face in faces
+        # a blocking caller does not see which loop the test body runs on; the portal has its own
+        for loop in (["asyncio", "uvloop"] if face == "async" else ["asyncio"])
+    ]
+    metafunc.parametrize(("plane", "face", "loop_kind"), combinations)
+
+
+@pytest.fixture
+def loop_factory(loop_kind: str, leak_guard: None) -> Callable[[], asyncio.AbstractEventLoop]:
+    """The event loop of the test's body."""
+    if loop_kind == "asyncio":
+        return asyncio.new_event_loop
+    uvloop: Any = pytest.importorskip("uvloop")
+    factory: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop
+    return factory
+
+
+@pytest.fixture
+def managers(plane: str, face: str, discovery_dir: Path) -> Managers:
+    """``async with managers(setting=…) as manager``: a manager of the API under test, closed at the end."""
+    threads = ThreadPoolExecutor(64, thread_name_prefix="test-body")
+
+    @asynccontextmanager
+    async def make(**settings: Any) -> AsyncIterator[Manager]:
+        # Blocking calls run in threads of the body's loop, and some tests have more of them waiting than CPUs + 4.
+        # An executor starts its threads when they are needed; the loop's end joins them.
+        asyncio.get_running_loop().set_default_executor(threads)
+        cls = dynwire.AsyncNetworkManager if face == "async" else dynwire.NetworkManager
+        manager = Manager(cls(**{"request_plane": plane, "tcp_host": "127.0.0.1", **settings}))
+        try:
+            yield manager
+        finally:
+            await manager.close()
+
+    return make
