@@ -21,6 +21,9 @@ override PIP := $(BIN)/python -m pip --quiet --disable-pip-version-check
 
 export PIP_NO_INPUT := 1
 
+# with -j, several pip would install into the same environment at once
+.NOTPARALLEL:
+
 .PHONY: help build demo test test-all test-asan lint format bench bench-short clean
 
 help:  ## this list
@@ -79,7 +82,7 @@ format: $(VENV)/.stamp-extra-lint  ## sort imports and lay out the Python source
 	$(BIN)/ruff format .
 
 test-all:  ## make test on Python 3.11, 3.12 and 3.13, each in an environment of its own
-	.ci/test-all $(ARGS)
+	.ci/test-all  # ARGS reaches the inner make by itself
 
 test-asan: $(VENV)/.stamp-tools $(VENV)/.stamp-extra-test  ## codec and pool tests under AddressSanitizer and UBSan
 	PATH="$(abspath $(BIN)):$$PATH" .ci/test-asan $(ARGS)

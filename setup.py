@@ -37,7 +37,6 @@ extensions = [
         extra_link_args=link_args,
     )
     for name in MODULES
-    if os.path.exists(f"cython_src/dynwire/{name}.pyx")
 ]
 
 if os.environ.get("DYNWIRE_BUILD_NO_EXT") == "1":

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """How fast is dynwire beside its peers, on the same machine, at the same minute?
 
-For each row (a workload in an environment) every contestant gets a server and a client process of its own on a free loopback port. A
-round runs every contestant once, in turn; the next round starts with another one, so that drift of the machine hits all alike. Reported is
-the median over rounds with minimum and maximum. Results go to ``benchmarks/results/``: raw JSON, a Markdown table, charts as
-PNG and SVG. At the end stands a table of the ratios that are promised (promises.py) and whether this run shows them.
+For each row (a workload in an environment) every contestant gets a server and a client process of its own on a free loopback
+port. A round runs every contestant once, in turn; the next round starts with another one, so that drift of the machine hits all
+alike. Reported is the median over rounds with minimum and maximum. Results go to ``benchmarks/results/``: raw JSON, a Markdown
+table, charts as PNG and SVG. At the end stands a table of the ratios that are promised (promises.py) and whether this run shows
+them.
 
     python benchmarks/compare.py --short                  under 3 minutes: every promised ratio
     python benchmarks/compare.py                          more payloads, peers and rounds
@@ -31,7 +32,6 @@ import subprocess
 import sys
 import tempfile
 import time
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,9 @@ def _dynwire(about: str, spin_us: int, **options: Any) -> Peer:
 
 PEERS: dict[str, Peer] = {
     "c": Peer("limits", "C, blocking recv and send: the limit for one call in flight", {"mode": "block"}, uses_loop=False),
-    "c-epoll": Peer("limits", "C, epoll server, pipelined client: the limit for many in flight", {"mode": "epoll"}, uses_loop=False),
+    "c-epoll": Peer(
+        "limits", "C, epoll server, pipelined client: the limit for many in flight", {"mode": "epoll"}, uses_loop=False
+    ),
     "c-spin": Peer("limits", "C, both ends polling", {"mode": "spin"}, uses_loop=False),
     "dynwire": _dynwire("dynwire, asyncio on both sides, no spinning", 0),
     "dynwire-spin": _dynwire("dynwire, asyncio on both sides, spinning up to 60 us", 60),
@@ -74,6 +76,9 @@ PEERS: dict[str, Peer] = {
     "dynwire-sync-spin": _dynwire("the same, spinning up to 60 us", 60, face="sync"),
     "dynwire-blocking": _dynwire("dynwire, blocking on both sides", 0, face="blocking"),
     "picows": Peer("picows_rpc.py", "RPC made by hand on picows: futures by id, handler in the callback", needs="picows"),
+    "picows-split": Peer(
+        "picows_rpc.py", "the same, large payloads in a frame of their own behind the header", {"split": True}, needs="picows"
+    ),
     "protocol": Peer("raw_protocol.py", "RPC made by hand on an asyncio Protocol, pure Python"),
     "zmq.asyncio": Peer("zmq_aio.py", "zmq.asyncio DEALER/ROUTER, handler inline", needs="pyzmq"),
     "pyzmq-rep": Peer("zmq_sync.py", "pyzmq REQ/REP, blocking", {"pattern": "rep"}, uses_loop=False, needs="pyzmq"),
@@ -130,11 +135,19 @@ def text_size(size: int) -> str:
 def all_rows() -> list[Row]:
     rows: list[Row] = []
 
-    def add(level: int, family: str, label: str, where: tuple[str, str, str], contestants: str, workload: str, kind: str, size: int,
-            concurrency: int, **more: Any) -> None:  # fmt: skip
-        rows.append(
-            Row(workload, kind, size, concurrency, tuple(contestants.split()), level, label, family, *where, **more)
-        )
+    def add(
+        level: int,
+        family: str,
+        label: str,
+        where: tuple[str, str, str],
+        contestants: str,
+        workload: str,
+        kind: str,
+        size: int,
+        concurrency: int,
+        **more: Any,
+    ) -> None:
+        rows.append(Row(workload, kind, size, concurrency, tuple(contestants.split()), level, label, family, *where, **more))
 
     split, one, free = (("split", "uvloop", "default"), ("one", "uvloop", "default"), ("free", "uvloop", "default"))
     wheres = [(p, loop, "default") for loop in ("uvloop", "asyncio") for p in ("split", "one", "free")]
@@ -165,13 +178,44 @@ def all_rows() -> list[Row]:
         add(level, "stream", "first-64B", where, "dynwire:first dynwire", "unary", "echo", 64, 1)
         for at_once in (1, 8):
             peers = "dynwire picows zmq.asyncio" if at_once == 8 and level == 0 else "dynwire picows zmq.asyncio grpc.aio"
-            add(level if at_once == 8 else max(level, 1), "stream", f"stream-64B-x{at_once}", where, peers, "stream", "bulk", 64,
-                at_once, items=1000)  # fmt: skip
-        add(max(level, 1), "stream", "stream-1KiB-x8", where, "dynwire picows zmq.asyncio grpc.aio", "stream", "bulk", KIB, 8, items=1000)
+            add(
+                level if at_once == 8 else max(level, 1),
+                "stream",
+                f"stream-64B-x{at_once}",
+                where,
+                peers,
+                "stream",
+                "bulk",
+                64,
+                at_once,
+                items=1000,
+            )
+        add(
+            max(level, 1),
+            "stream",
+            "stream-1KiB-x8",
+            where,
+            "dynwire picows zmq.asyncio grpc.aio",
+            "stream",
+            "bulk",
+            KIB,
+            8,
+            items=1000,
+        )
         for at_once in (1, 64, 256):
             peers = "dynwire picows grpc.aio" if at_once == 256 and level == 0 else "dynwire picows zmq.asyncio grpc.aio"
-            add(level if at_once == 256 else max(level, 1), "stream", f"tick-64B-x{at_once}", where, peers, "stream", "tick", 64,
-                at_once, items=100)  # fmt: skip
+            add(
+                level if at_once == 256 else max(level, 1),
+                "stream",
+                f"tick-64B-x{at_once}",
+                where,
+                peers,
+                "stream",
+                "tick",
+                64,
+                at_once,
+                items=100,
+            )
 
         if where[1] == "uvloop":
             for threads in (1, 8, 32):
@@ -181,11 +225,29 @@ def all_rows() -> list[Row]:
                     if where == one:
                         add(0, "blocking", "blocking-64B-t1", where, "c dynwire-sync socket pyzmq-rep", "threads", "echo", 64, 1)
                 elif where == split:
-                    add(0, "blocking", f"blocking-64B-t{threads}", where, "dynwire-sync socket pyzmq-dealer grpcio", "threads",
-                        "echo", 64, threads)  # fmt: skip
+                    add(
+                        0,
+                        "blocking",
+                        f"blocking-64B-t{threads}",
+                        where,
+                        "dynwire-sync socket pyzmq-dealer grpcio",
+                        "threads",
+                        "echo",
+                        64,
+                        threads,
+                    )
                 add(1, "blocking", f"blocking-64B-t{threads}", where, peers, "threads", "echo", 64, threads)
-                add(1, "spin", f"spin-blocking-64B-t{threads}", where, "dynwire-sync-spin dynwire-sync socket", "threads", "echo", 64,
-                    threads)  # fmt: skip
+                add(
+                    1,
+                    "spin",
+                    f"spin-blocking-64B-t{threads}",
+                    where,
+                    "dynwire-sync-spin dynwire-sync socket",
+                    "threads",
+                    "echo",
+                    64,
+                    threads,
+                )
             add(1, "blocking", "blocking-stream-64B", where, "dynwire-sync grpcio", "stream", "bulk", 64, 1, items=1000)
 
     add(0, "spin", "spin-64B-c1", split, "c-spin dynwire-spin dynwire picows", "unary", "echo", 64, 1)
@@ -199,7 +261,7 @@ def all_rows() -> list[Row]:
         for placement in ("split", "free", "one"):
             where = (placement, "uvloop", congestion)
             level = 0 if placement == "split" else 2
-            everyone = "c dynwire dynwire-sync picows pyzmq-rep zmq.asyncio socket grpc.aio grpcio"
+            everyone = "c dynwire dynwire-sync picows picows-split pyzmq-rep zmq.asyncio socket grpc.aio grpcio"
             if level == 0:
                 add(0, "large", "sink-16MiB-c1", where, "c dynwire pyzmq-rep picows", "unary", "sink", 16 * MIB, 1)
                 for size in (MIB, 16 * MIB):
@@ -208,7 +270,17 @@ def all_rows() -> list[Row]:
                 for kind in ("sink", "echo"):
                     add(max(level, 1), "large", f"{kind}-{text_size(size)}-c1", where, everyone, "unary", kind, size, 1)
             add(max(level, 1), "large", "echo-64KiB-c1", where, everyone, "unary", "echo", 64 * KIB, 1)
-            add(max(level, 1), "large", "echo-64KiB-c32", where, "dynwire picows zmq.asyncio grpc.aio", "unary", "echo", 64 * KIB, 32)
+            add(
+                max(level, 1),
+                "large",
+                "echo-64KiB-c32",
+                where,
+                "dynwire picows zmq.asyncio grpc.aio",
+                "unary",
+                "echo",
+                64 * KIB,
+                32,
+            )
             add(max(level, 1), "large", "echo-1MiB-c8", where, "dynwire picows zmq.asyncio grpc.aio", "unary", "echo", MIB, 8)
 
     add(0, "beside", "beside-16MiB", split, "dynwire dynwire:beside", "unary", "echo", 64, 1, large=16 * MIB)
@@ -275,8 +347,12 @@ class RenoNamespace:
         for flags, enter in (("-n", []), ("-rn", ["-U", "--preserve-credentials"])):
             process = subprocess.Popen(
                 ["unshare", flags, sys.executable, "-c", script],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-            )  # fmt: skip
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
             assert process.stdout and process.stderr
             if process.stdout.readline().strip() == "reno":
                 self.process = process
@@ -329,9 +405,14 @@ class Pair:
             os.sched_setaffinity(0, {core})  # inherited by every thread of the child
         try:
             process = subprocess.Popen(
-                prefix + command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, env=env, cwd=self.directory,
+                prefix + command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.log,
+                env=env,
+                cwd=self.directory,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         finally:
             os.sched_setaffinity(0, before)
         self.processes.append(process)
@@ -362,7 +443,9 @@ class Pair:
 
     def start(self) -> None:
         cores = self.bench.cores
-        server_core, client_core = {"split": (cores[0], cores[1]), "one": (cores[0], cores[0])}.get(self.row.placement, (None, None))
+        server_core, client_core = {"split": (cores[0], cores[1]), "one": (cores[0], cores[0])}.get(
+            self.row.placement, (None, None)
+        )
         if self.peer.module == "limits":
             mode = self.peer.options["mode"]
             server = self._spawn("server", [mode], server_core)
@@ -384,14 +467,26 @@ class Pair:
         if self.peer.module == "limits":
             line = f"{kind} {row.size} {row.concurrency} {seconds}"
         else:
-            if workload == "unary" and not self.peer.uses_loop or self.peer.options.get("face", "async") != "async":
-                workload = "stream" if workload == "stream" else "pipeline" if row.workload == "unary" and row.concurrency > 1 else "threads"
+            if (workload == "unary" and not self.peer.uses_loop) or self.peer.options.get("face", "async") != "async":
+                workload = (
+                    "stream"
+                    if workload == "stream"
+                    else "pipeline"
+                    if row.workload == "unary" and row.concurrency > 1
+                    else "threads"
+                )
             line = json.dumps(
                 {
-                    "workload": workload, "kind": kind, "size": row.size, "concurrency": row.concurrency, "seconds": seconds,
-                    "items": row.items or 1, "large": row.large, "large_kind": "sink",
+                    "workload": workload,
+                    "kind": kind,
+                    "size": row.size,
+                    "concurrency": row.concurrency,
+                    "seconds": seconds,
+                    "items": row.items or 1,
+                    "large": row.large,
+                    "large_kind": "sink",
                 }
-            )  # fmt: skip
+            )
         assert self.client.stdin
         cpu0, own0, t0 = busy_cpu_s(), self.cpu_s(), time.monotonic()
         self.client.stdin.write(line.encode() + b"\n")
@@ -478,7 +573,9 @@ class Bench:
             self.missing["limits"] = "no C compiler"
             return
         built = subprocess.run(
-            [compiler, "-O2", "-o", str(self.limits), str(HERE / "peers" / "limits.c"), "-lpthread"], capture_output=True, text=True
+            [compiler, "-O2", "-o", str(self.limits), str(HERE / "peers" / "limits.c"), "-lpthread"],
+            capture_output=True,
+            text=True,
         )
         if built.returncode:
             self.missing["limits"] = built.stderr.strip().splitlines()[-1]
@@ -506,7 +603,9 @@ class Bench:
                     group, failed = row.group, {}
                 left = deadline - time.monotonic()
                 if left <= 0:
-                    self.note(f"time budget of {self.args.budget:.0f} s used up: {len(rows) - index} rows left out, from {row.name} on")
+                    self.note(
+                        f"time budget of {self.args.budget:.0f} s used up: {len(rows) - index} rows left out, from {row.name} on"
+                    )
                     break
                 self.run_row(row, failed, left / (len(rows) - index) * (2.0 if index < len(rows) * 0.8 else 1.0))
                 self.progress.done += 1
@@ -578,8 +677,6 @@ class Bench:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
-
-
 def summarize(row: Row, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     contestants = {}
     for name, raw in runs.items():
@@ -595,20 +692,43 @@ def summarize(row: Row, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]
             run["cpu_server_s_per_100k"] = run["cpu_server"] * per_100k
         metrics = {}
         for metric in [
-            "rate", "p50_us", "p99_us", "cpu_s_per_100k", "cpu_client_s_per_100k", "cpu_server_s_per_100k", "rss_client", "rss_server",
-            "others", "server_bytes_per_stream", "client_bytes_per_stream", "transfers",
-        ]:  # fmt: skip
+            "rate",
+            "p50_us",
+            "p99_us",
+            "cpu_s_per_100k",
+            "cpu_client_s_per_100k",
+            "cpu_server_s_per_100k",
+            "rss_client",
+            "rss_server",
+            "others",
+            "server_bytes_per_stream",
+            "client_bytes_per_stream",
+            "transfers",
+        ]:
             values = [run[metric] for run in raw if run.get(metric) is not None]
             if values:
                 metrics[metric] = {"median": statistics.median(values), "min": min(values), "max": max(values)}
         contestants[name] = {
-            "loop": row.loop if peer.uses_loop else "-", "about": peer.about, "rounds": len(raw), **metrics, "raw": raw,
-        }  # fmt: skip
+            "loop": row.loop if peer.uses_loop else "-",
+            "about": peer.about,
+            "rounds": len(raw),
+            **metrics,
+            "raw": raw,
+        }
     return {
-        "name": row.name, "workload": row.workload, "kind": row.kind, "payload": row.size, "concurrency": row.concurrency,
-        "items": row.items, "placement": row.placement, "loop": row.loop, "congestion": row.congestion, "unit": row.unit(),
-        "family": row.family, "contestants": contestants,
-    }  # fmt: skip
+        "name": row.name,
+        "workload": row.workload,
+        "kind": row.kind,
+        "payload": row.size,
+        "concurrency": row.concurrency,
+        "items": row.items,
+        "placement": row.placement,
+        "loop": row.loop,
+        "congestion": row.congestion,
+        "unit": row.unit(),
+        "family": row.family,
+        "contestants": contestants,
+    }
 
 
 def human(value: float | None, digits: int = 3) -> str:
@@ -623,7 +743,9 @@ def human(value: float | None, digits: int = 3) -> str:
 def brief(result: dict[str, Any]) -> str:
     parts = []
     for name, c in result["contestants"].items():
-        parts.append(f"{name} {human(c['rate']['median'])}/s" if result["unit"] != "GB/s" else f"{name} {c['rate']['median']:.2f}")
+        parts.append(
+            f"{name} {human(c['rate']['median'])}/s" if result["unit"] != "GB/s" else f"{name} {c['rate']['median']:.2f}"
+        )
         if result["concurrency"] == 1 and result["unit"] != "GB/s" and "p50_us" in c:
             parts[-1] += f" ({c['p50_us']['median']:.1f} us)"
     return f"{result['name']}: " + ", ".join(parts or ["nobody took part"])
@@ -664,7 +786,17 @@ def promise_table(verdicts: list[dict[str, Any]], markdown: bool) -> str:
         measured = "not measured" if v["measured"] is None else f"{v['measured']:.4g} ({v['range'][0]:.3g}-{v['range'][1]:.3g})"
         met = {True: "yes", False: "NO", None: "-"}[v["met"]]
         metric = v["metric"].replace("_us", "").replace("_s_per_100k", "").replace("server_bytes_per_stream", "bytes")
-        lines.append((v["text"], f"{v['left']} / {v['right']}" if v["right"] else v["left"], metric, bound_text(v), measured, met, v["row"]))
+        lines.append(
+            (
+                v["text"],
+                f"{v['left']} / {v['right']}" if v["right"] else v["left"],
+                metric,
+                bound_text(v),
+                measured,
+                met,
+                v["row"],
+            )
+        )
     head = ("promise", "who", "metric", "wanted", "measured (range)", "met", "row")
     if markdown:
         rows = [head, tuple("---" for _ in head), *lines]
@@ -675,22 +807,41 @@ def promise_table(verdicts: list[dict[str, Any]], markdown: bool) -> str:
 
 def result_tables(results: list[dict[str, Any]]) -> str:
     head = (
-        "workload", "payload", "concurrency", "placement", "loop", "congestion", "peer", "rate (min-max)", "unit", "p50 us", "p99 us",
-        "CPU s/100k client + server", "RSS MiB client + server", "others",
-    )  # fmt: skip
+        "workload",
+        "payload",
+        "concurrency",
+        "placement",
+        "loop",
+        "congestion",
+        "peer",
+        "rate (min-max)",
+        "unit",
+        "p50 us",
+        "p99 us",
+        "CPU s/100k client + server",
+        "RSS MiB client + server",
+        "others",
+    )
     out = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for r in results:
         for name, c in sorted(r["contestants"].items(), key=lambda item: -item[1]["rate"]["median"]):
             rate = c["rate"]
             line = [
-                r["name"].split("/")[0], text_size(r["payload"]), str(r["concurrency"]), r["placement"], c["loop"], r["congestion"],
+                r["name"].split("/")[0],
+                text_size(r["payload"]),
+                str(r["concurrency"]),
+                r["placement"],
+                c["loop"],
+                r["congestion"],
                 f"**{name}**" if name.startswith("dynwire") else name,
-                f"{human(rate['median'])} ({human(rate['min'])}-{human(rate['max'])})", r["unit"],
-                f"{c['p50_us']['median']:.1f}" if "p50_us" in c else "-", f"{c['p99_us']['median']:.1f}" if "p99_us" in c else "-",
+                f"{human(rate['median'])} ({human(rate['min'])}-{human(rate['max'])})",
+                r["unit"],
+                f"{c['p50_us']['median']:.1f}" if "p50_us" in c else "-",
+                f"{c['p99_us']['median']:.1f}" if "p99_us" in c else "-",
                 f"{c['cpu_client_s_per_100k']['median']:.3g} + {c['cpu_server_s_per_100k']['median']:.3g}",
                 f"{c['rss_client']['median'] / MIB:.0f} + {c['rss_server']['median'] / MIB:.0f}",
                 f"{c['others']['median'] * 100:.0f} %",
-            ]  # fmt: skip
+            ]
             if "server_bytes_per_stream" in c:
                 line[7] += f"; {c['server_bytes_per_stream']['median']:.0f} B of server RSS per stream"
             out.append("| " + " | ".join(line) + " |")
@@ -709,13 +860,20 @@ def environment() -> dict[str, Any]:
         return "unknown"
 
     model = re.search(r"model name\s*:\s*(.*)", read("/proc/cpuinfo"))
-    commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
     return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "python": platform.python_version(), "kernel": platform.release(),
-        "cpu": model.group(1) if model else platform.machine(), "cores": len(os.sched_getaffinity(0)), "commit": commit,
-        "congestion_default": read("/proc/sys/net/ipv4/tcp_congestion_control"), "load_at_start": os.getloadavg()[0],
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "python": platform.python_version(),
+        "kernel": platform.release(),
+        "cpu": model.group(1) if model else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "commit": commit,
+        "congestion_default": read("/proc/sys/net/ipv4/tcp_congestion_control"),
+        "load_at_start": os.getloadavg()[0],
         "versions": versions,
-    }  # fmt: skip
+    }
 
 
 def markdown(report: dict[str, Any], stem: str) -> str:
@@ -725,14 +883,15 @@ def markdown(report: dict[str, Any], stem: str) -> str:
     lines = [
         "# dynwire beside its peers",
         "",
-        f"{env['time']}, {env['cpu']}, {env['cores']} cores, Linux {env['kernel']}, Python {env['python']}, commit {env['commit'] or '?'}, "
+        f"{env['time']}, {env['cpu']}, {env['cores']} cores, Linux {env['kernel']}, Python {env['python']}, "
+        f"commit {env['commit'] or '?'}, "
         f"default congestion control {env['congestion_default']}, load at start {env['load_at_start']:.2f}; "
         + ", ".join(f"{k} {v}" for k, v in env["versions"].items())
         + f". {report['rounds']} rounds of {report['seconds']} s, median (min-max).",
         "",
-        "Placement: split = server on one core, client on another; one = both on one core; free = not pinned. Congestion control: default = the",
-        "system's (dynwire chooses its own for a peer on the same host); reno = all peers in a namespace with reno. Streams count items, and their",
-        "latency is that of a whole stream. Others: share of the machine that other processes used meanwhile.",
+        "Placement: split = server on one core, client on another; one = both on one core; free = not pinned.",
+        "Congestion control: default = the system's (dynwire chooses its own for a peer on the same host); reno = all peers in a",
+        "namespace with reno. Streams count items, and their latency is that of a whole stream. Others: share of the machine that other processes used meanwhile.",
         "",
         *[f"- `{name}`: {peer.about}" for name, peer in PEERS.items() if any(c.split(":")[0] == name for c in known)],
         "",
@@ -801,7 +960,9 @@ def chart(report: dict[str, Any], base: Path) -> None:
             spot.set_xscale("log")
         spot.xaxis.set_major_formatter(lambda value, _: human(value).replace(" ", "") if value else "0")
         for y, value in enumerate(values):
-            spot.annotate(human(value), (value + errors[1][y], y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8)
+            spot.annotate(
+                human(value), (value + errors[1][y], y), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8
+            )
         spot.set_title(title, fontsize=10)
         spot.set_xlabel(axis + (", log scale" if logarithmic else ""), fontsize=8)
         spot.tick_params(labelsize=8)
@@ -810,8 +971,8 @@ def chart(report: dict[str, Any], base: Path) -> None:
             spot.spines[side].set_visible(False)
     env = report["environment"]
     figure.suptitle(
-        f"dynwire beside its peers: server and client processes on a core each unless named otherwise, loopback, {env['cores']} cores, "
-        f"Python {env['python']}",
+        f"dynwire beside its peers: server and client processes on a core each unless named otherwise, loopback, "
+        f"{env['cores']} cores, Python {env['python']}",
         fontsize=10,
     )
     figure.tight_layout()
@@ -827,8 +988,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", metavar="REGEX", help="rows whose name (label/placement/loop/congestion) matches")
     parser.add_argument("--rounds", type=int, help="rounds per row (short 3, else 5)")
     parser.add_argument("--seconds", type=float, help="length of one measurement (short 0.25, else 0.5)")
-    parser.add_argument("--patience", type=int, help="repeat a measurement up to so often while others use the machine (short 0, else 2)")
-    parser.add_argument("--budget", type=float, help="seconds for the whole run: rounds are cut, then rows (short 165, else 1500, full 5400)")
+    parser.add_argument(
+        "--patience", type=int, help="repeat a measurement up to so often while others use the machine (short 0, else 2)"
+    )
+    parser.add_argument(
+        "--budget", type=float, help="seconds for the whole run: rounds are cut, then rows (short 165, else 1500, full 5400)"
+    )
     parser.add_argument("--peers", metavar="A,B*", help="contestants by name; * allowed")
     parser.add_argument("--placement", choices=["split", "one", "free", "all"], default="all")
     parser.add_argument("--loop", choices=["uvloop", "asyncio", "all"], default="all")
@@ -860,7 +1025,7 @@ def main(argv: list[str] | None = None) -> int:
         for row in select_rows(args):
             print(f"{row.name:45} {' '.join(row.contestants)}")
         return 0
-    # Also where the shell that started us has SIGINT ignored (background jobs), and for SIGTERM: end our processes, write what there is.
+    # Also for SIGTERM, and where a shell started us with SIGINT ignored: end our processes, write what there is.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     bench = Bench(args)
@@ -873,9 +1038,16 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         bench.close()
     report = {
-        "environment": env, "mode": args.mode, "rounds": args.rounds, "seconds": args.seconds, "took_s": time.monotonic() - started,
-        "repeated": bench.retried, "promises": judge(bench.results), "notes": bench.notes, "rows": bench.results,
-    }  # fmt: skip
+        "environment": env,
+        "mode": args.mode,
+        "rounds": args.rounds,
+        "seconds": args.seconds,
+        "took_s": time.monotonic() - started,
+        "repeated": bench.retried,
+        "promises": judge(bench.results),
+        "notes": bench.notes,
+        "rows": bench.results,
+    }
     if not bench.results:
         print("nothing measured", file=sys.stderr)
         return 130 if interrupted else 1

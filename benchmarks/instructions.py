@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
 """Did a change make a hot path longer? Instructions executed per operation, counted by callgrind.
 
-Counts repeat to a fraction of a percent on a busy machine, where times do not; that is what makes them a gate. They say nothing about caches, system
-calls or waiting: for those there is compare.py.
+Counts repeat to a fraction of a percent on a busy machine, where times do not; that is what makes them a gate. They say nothing
+about caches, system calls or waiting: for those there is compare.py.
 
     python benchmarks/instructions.py                    count, compare with the stored baseline, print a table
     python benchmarks/instructions.py --check            the same; exit status 1 if a path is more than 3 % longer
     python benchmarks/instructions.py --update           store what was counted as the new baseline
     python benchmarks/instructions.py --only 'exchange'  some of them
 
-Each bench runs in a Python of its own under ``valgrind --tool=callgrind`` with collection switched on only around the measured loop (after a warm-up), with
-a fixed hash seed and environment and the garbage collector off. The same loop with nothing in it is subtracted. Counts depend on the
-interpreter and compiler, so the baseline (instructions-baseline.json) keeps one set for each such environment; in an environment
-without one, nothing can be checked, and the tool says so.
+Each bench runs in a Python of its own under ``valgrind --tool=callgrind`` with collection switched on only around the measured
+loop (after a warm-up), with a fixed hash seed and environment and the garbage collector off. The same loop with nothing in it
+is subtracted. Counts depend on the interpreter and compiler, so the baseline (instructions-baseline.json) keeps one set for
+each such environment; in an environment without one, nothing can be checked, and the tool says so.
 """
 
 from __future__ import annotations
@@ -212,9 +212,6 @@ def _stack_benches() -> None:
         def make(stack: _Stack) -> Callable[[], Awaitable[Any]]:
             call = stack.clients[name].call
 
-            async def one() -> None:
-                await call(payload)
-
             async def worker() -> None:
                 for _ in range(CALLS_PER_WORKER):
                     await call(payload)
@@ -222,7 +219,7 @@ def _stack_benches() -> None:
             async def many() -> None:
                 await asyncio.gather(*[worker() for _ in range(in_flight)])
 
-            return one if in_flight == 1 else many
+            return many
 
         return make
 
@@ -237,7 +234,6 @@ def _stack_benches() -> None:
         return read
 
     # name: (what makes the coroutine function, calls, operations per call)
-    STACK["call_64B"] = unary("echo", 1, SMALL), 200, 1
     STACK["call_64B_x64"] = unary("echo", 64, SMALL), 4, 64 * CALLS_PER_WORKER
     STACK["call_object_x64"] = unary("echo", 64, {"id": 1, "tokens": [1, 20, 300]}), 4, 64 * CALLS_PER_WORKER
     STACK["call_suspend_x64"] = unary("suspend", 64, SMALL), 4, 64 * CALLS_PER_WORKER
@@ -347,7 +343,9 @@ def build_toggle(scratch: Path) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help=f"exit status 1 if a path is more than {TOLERANCE:.0%} longer than the baseline")
+    parser.add_argument(
+        "--check", action="store_true", help=f"exit status 1 if a path is more than {TOLERANCE:.0%} longer than the baseline"
+    )
     parser.add_argument("--update", action="store_true", help="store the counts as the new baseline of this environment")
     parser.add_argument("--only", metavar="REGEX", default="")
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)))
@@ -391,7 +389,7 @@ def main() -> int:
         print("\r" + " " * 50 + "\r", end="", file=sys.stderr)
     loop = counts.pop("empty", 0.0)
     for name in counts:
-        # A bench that does several operations per call has its share of the loop only; those of the whole stack drive their own loop.
+        # Several operations per call share one turn of the loop; benches of the whole stack have a loop of their own.
         counts[name] = round(counts[name] - (0 if name in STACK else loop * BENCHES[name][1] / operations(name)), 1)
     worse = {n: c / baseline[n] - 1 for n, c in counts.items() if n in baseline and c > baseline[n] * (1 + TOLERANCE)}
     if args.update:

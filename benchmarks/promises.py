@@ -1,7 +1,7 @@
-"""The speed that issue #2 promises, as data. compare.py measures both sides of each ratio in one row of one run and judges them here.
+"""The speed that issue #2 promises, as data. compare.py measures both sides of a ratio in one row of one run and judges it.
 
-``left`` and ``right`` are contestants of the row (``peer`` or ``peer:kind``), the measured value is ``metric(left) / metric(right)``,
-or the plain metric where ``right`` is empty. ``<=`` on times, CPU and memory, ``>=`` on rates.
+``left`` and ``right`` are contestants of the row (``peer`` or ``peer:kind``), the measured value is ``metric(left) /
+metric(right)``, or the plain metric where ``right`` is empty. ``<=`` on times, CPU and memory, ``>=`` on rates.
 """
 
 from __future__ import annotations
@@ -85,7 +85,9 @@ PROMISES: list[Promise] = [
     *_large(),
     # CPU and memory
     Promise("CPU at 256 in flight, picows", f"unary-64B-c256/{SPLIT}", "cpu_s_per_100k", "dynwire", "<=", 1 / 5, "picows"),
-    Promise("CPU at 256 in flight, zmq.asyncio", f"unary-64B-c256/{SPLIT}", "cpu_s_per_100k", "dynwire", "<=", 1 / 40, "zmq.asyncio"),
+    Promise(
+        "CPU at 256 in flight, zmq.asyncio", f"unary-64B-c256/{SPLIT}", "cpu_s_per_100k", "dynwire", "<=", 1 / 40, "zmq.asyncio"
+    ),
     Promise("CPU at 256 in flight, grpc.aio", f"unary-64B-c256/{SPLIT}", "cpu_s_per_100k", "dynwire", "<=", 1 / 100, "grpc.aio"),
     Promise("RSS of the client, picows", f"unary-64B-c256/{SPLIT}", "rss_client", "dynwire", "<=", 1.2, "picows"),
     Promise("RSS of the server, picows", f"unary-64B-c256/{SPLIT}", "rss_server", "dynwire", "<=", 1.2, "picows"),

@@ -6,8 +6,10 @@ Knows the planes by their interfaces only; the manager says which one it is.
 from __future__ import annotations
 
 import asyncio
+import functools
 import itertools
 import secrets
+import threading
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
@@ -204,19 +206,21 @@ class LoopRuntime:
 class Route:
     """The instances of one endpoint as one client sees them. Any thread, apart from ``watch``, which is its loop's."""
 
-    __slots__ = ("_foreign", "_listeners", "_ring", "here", "loop", "path", "plane", "table", "turn", "watch")
+    __slots__ = ("_aside", "_foreign", "_listeners", "_lock", "_ring", "here", "loop", "path", "plane", "table", "turn", "watch")
 
     def __init__(self, path: str, router: str, plane: str, make_channel: Callable[[Instance], Any]) -> None:
         self.path = path
         self.plane = plane
         self.table = InstanceTable(path, router, make_channel)
         self.turn: Callable[[], Any] | None = None
-        """Next channel, for the hot path: None unless instances are known and none of them is set aside"""
+        """Next channel, for the hot path; None if there is no healthy instance or one that failed is to be tried again"""
         self.watch: Watch | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self.here: object = None
         """what `portal.where` returns on its loop"""
+        self._lock = threading.Lock()
         self._ring: tuple[Entry, ...] = ()
+        self._aside = False
         self._foreign: tuple[Instance, ...] = ()
         self._listeners: set[Callable[[], object]] = set()
 
@@ -230,21 +234,32 @@ class Route:
 
     def _settle(self) -> None:
         """Find the cheapest way to choose that is right now."""
-        entries = self.table.entries
-        if self.turn is not None and entries == self._ring:
-            return  # discovery said the same again: the round goes on
-        self._ring = entries
-        if not entries or any(entry.retry_at for entry in entries):
-            self.turn = None
-        elif self.table.router == "round_robin":
-            # What the router would do, in one C call. A random start, as there: many short-lived clients spread.
-            start = secrets.randbelow(len(entries))
-            self.turn = itertools.cycle([e.channel for e in (*entries[start:], *entries[:start])]).__next__
-        else:
-            self.turn = self._pick_channel
+        # Locked: an update and a failure may come from two threads, and the older view must not be stored last.
+        with self._lock:
+            entries = self.table.entries
+            aside = [entry.retry_at for entry in entries if entry.retry_at]
+            if self.turn is not None and not aside and not self._aside and entries == self._ring:
+                return  # discovery said the same again: the round goes on
+            self._ring, self._aside = entries, bool(aside)
+            healthy = [entry for entry in entries if not entry.retry_at]
+            if not healthy:
+                self.turn = None
+                return
+            choose: Callable[[], Any] = self._pick_channel
+            if self.table.router == "round_robin":
+                # What the router would do, in one C call. A random start, as there: many short-lived clients spread.
+                start = secrets.randbelow(len(healthy))
+                choose = itertools.cycle([e.channel for e in (*healthy[start:], *healthy[:start])]).__next__
+            self.turn = functools.partial(self._turn_until, min(aside), choose) if aside else choose
 
     def _pick_channel(self) -> Any:
         return self.table.pick().channel
+
+    def _turn_until(self, due: float, choose: Callable[[], Any]) -> Any:
+        """Choose among the healthy ones; from ``due`` on the slow path has to try out one that was set aside."""
+        if time.monotonic() >= due:
+            self.turn = None
+        return choose()
 
     def entry_of(self, channel: Any) -> Entry | None:
         """The entry of a channel that `turn` returned; None if it left in the meantime."""
@@ -260,7 +275,7 @@ class Route:
         """A request failed."""
         self.table.report_failure(entry, error)
         if entry.retry_at:
-            self.turn = None
+            self._settle()
 
     def after_turn(self, channel: Any, error: DynwireError | None) -> tuple[Entry, DynwireError | None] | None:
         """The channel of a turn was not ready (no error), or the attempt failed: what `attempts` has to know about it.

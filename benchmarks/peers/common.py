@@ -5,14 +5,14 @@ A peer is a module with two roles, each run in a process of its own::
     python PEER.py server SETUP     prints {"port": N} when it listens, serves until its stdin closes
     python PEER.py client SETUP     prints {"ready": true}, then one JSON result for each JSON command line on stdin
 
-SETUP is one JSON object: ``loop`` (uvloop | asyncio), ``port`` and ``server_pid`` (client only), ``directory`` (for discovery files),
-``options``. Everything else a process prints goes to stderr.
+SETUP is one JSON object: ``loop`` (uvloop | asyncio), ``port`` and ``server_pid`` (client only), ``directory`` (for discovery
+files), ``options``. Everything else a process prints goes to stderr.
 
-The measured loops are the same for every peer: N workers, each making a fixed number of calls one after the other. That number is
-chosen in a warm-up so that the run takes about the wanted time. Throughput is calls by wall time from the first call to the last
-reply. Latency is taken on each call, or, when many calls are in flight, on one in eight, so that reading the clock does not become part
-of what is measured. CPU time is that of both processes between the same two moments (the process clocks of both, which is what getrusage adds up
-at a finer grain), so neither start-up nor shutdown is in it.
+The measured loops are the same for every peer: N workers, each making a fixed number of calls one after the other. That number
+is chosen in a warm-up so that the run takes about the wanted time. Throughput is calls by wall time from the first call to the
+last reply. Latency is taken on each call, or, when many calls are in flight, on one in eight, so that reading the clock does
+not become part of what is measured. CPU time is that of both processes between the same two moments (the process clocks of
+both, which is what getrusage adds up at a finer grain), so neither start-up nor shutdown is in it.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class Calibration:
         return json.dumps([command.get(k) for k in ("workload", "kind", "size", "concurrency", "items", "seconds")])
 
     def plan(self, command: dict[str, Any]) -> Iterator[list[float]]:
-        """Yields ``[count, 0.0]`` per run; the caller writes the run's seconds into the second place. The last one is the measurement."""
+        """Yields ``[count, 0.0]`` per run; the caller writes the run's seconds into it. The last run is the measurement."""
         key, seconds = self.key(command), command["seconds"]
         count = self.known.get(key)
         if count is not None:

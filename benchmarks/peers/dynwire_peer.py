@@ -1,12 +1,16 @@
-"""dynwire on its tcp plane. ``face`` async: `AsyncNetworkManager` on both sides; sync: `NetworkManager` in the client, async server;
-blocking: `NetworkManager` on both sides."""
+"""dynwire on its tcp plane.
+
+``face`` async: `AsyncNetworkManager` on both sides; sync: `NetworkManager` in the client, async server; blocking:
+`NetworkManager` on both sides.
+"""
 
 import asyncio
 import sys
 
 import common
-import dynwire
 from common import DONE
+
+import dynwire
 
 COMPONENT = "bench.worker."
 OBJECT = {"id": 123456, "model": "demo", "tokens": [1, 20, 300, 4000, 50000], "stream": False, "t": 0.7}  # 54 bytes of msgpack

@@ -1,7 +1,8 @@
 """RPC made by hand on picows: binary websocket frames, a correlation id, a dict of futures.
 
-As fast as it gets with reasonable effort: the handler runs in the frame callback, a call returns the `asyncio.Future` itself. A large
-payload follows its header in a frame of its own, so that nothing is concatenated. No flow control, no deadlines, no cancellation.
+As fast as it gets with reasonable effort: the handler runs in the frame callback and gets a payload that it may keep, a call
+returns the `asyncio.Future` itself, header and payload are one frame. With the option ``split`` a large payload follows its
+header in a frame of its own, so that nothing is concatenated. No flow control, no deadlines, no cancellation.
 """
 
 import asyncio
@@ -34,7 +35,7 @@ class Server(picows.WSListener):
         if self.head is not None:  # the payload that belongs to it
             head, self.head = self.head, None
             if head[4] == SINK | FOLLOWS:
-                frame.get_payload_as_memoryview()  # all that a handler needs: valid in this callback
+                frame.get_payload_as_bytes()
                 transport.send(BINARY, head[:4] + b"\0" + DONE)
             else:
                 payload = frame.get_payload_as_bytes()
@@ -43,10 +44,10 @@ class Server(picows.WSListener):
             return
         message = frame.get_payload_as_bytes()
         kind = message[4]
-        if kind & FOLLOWS:
-            self.head = message
-        elif kind == ECHO:
+        if kind == ECHO:
             transport.send(BINARY, message)
+        elif kind & FOLLOWS:
+            self.head = message
         elif kind == SINK:
             transport.send(BINARY, message[:5] + DONE)
         elif kind == BULK:
@@ -95,7 +96,8 @@ class Stream:
 
 
 class Listener(picows.WSListener):
-    def __init__(self):
+    def __init__(self, split):
+        self.split = split
         self.pending = {}
         self.streams = {}
         self.next_id = 0
@@ -137,7 +139,7 @@ class Listener(picows.WSListener):
         call_id = self.next_id
         self.next_id = (call_id + 1) & 0xFFFFFFFF
         future = self.pending[call_id] = self.create_future()
-        if len(payload) > LARGE:
+        if self.split and len(payload) > LARGE:
             self.transport.send(BINARY, HEADER.pack(call_id, kind | FOLLOWS))
             self.transport.send(BINARY, payload)
         else:
@@ -190,7 +192,10 @@ def server(setup):
 def client(setup):
     async def main():
         _, listener = await picows.ws_connect(
-            Listener, f"ws://127.0.0.1:{setup['port']}/", max_frame_size=MAX_MESSAGE, use_aiofastnet=False
+            lambda: Listener(setup["options"].get("split", False)),
+            f"ws://127.0.0.1:{setup['port']}/",
+            max_frame_size=MAX_MESSAGE,
+            use_aiofastnet=False,
         )
         await common.async_client(setup, Client(listener))
 

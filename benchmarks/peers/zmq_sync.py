@@ -1,4 +1,4 @@
-"""pyzmq, blocking. ``pattern`` rep: REQ/REP; router: one DEALER per thread against one ROUTER loop, a correlation id in a frame of its own.
+"""pyzmq, blocking. ``pattern`` rep: REQ/REP; router: a DEALER per thread, one ROUTER loop, a correlation id in its own frame.
 
 Messages of 64 KiB and more go with ``copy=False``.
 """

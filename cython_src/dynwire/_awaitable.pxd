@@ -51,9 +51,12 @@ cdef class CallFuture(Waiter):
 
 cdef class ItemReader(Waiter):
     cdef list items                  # decoded items that nobody has taken yet, from `head` on
-    cdef list costs
+    cdef uint32_t *costs             # what each of them costs in credit; same indexes
+    cdef Py_ssize_t costs_cap
+    cdef int add(self, object item, Py_ssize_t cost) except -1
     cdef Py_ssize_t head
     cdef bint waiting
+    cdef bint wake_queued
     cdef bint wait_cancelled
     cdef bint finished               # no more items will come; `value` is None or the error
     cdef bint closed
@@ -83,6 +86,7 @@ cdef class EndpointEntry:
     cdef readonly int in_flight
     cdef readonly int max_in_flight
     cdef public bint draining
+    cdef public bint removed
     cdef public object on_idle
     cdef readonly long started
     cdef readonly long failed
@@ -135,3 +139,6 @@ cdef class HandlerTask(StreamBase):
     cdef int settle(self) except -1
     cdef int kill(self) except -1
     cdef int _run(self, object error) except -1
+
+cdef int leave_task(object loop) except -1
+cdef int wake_readers(WireConnection conn) except -1

@@ -16,13 +16,14 @@ import time
 
 import msgspec
 from asyncio import CancelledError, InvalidStateError
-from asyncio.tasks import _enter_task, _leave_task, _register_task, _unregister_task
+from asyncio.tasks import _current_tasks, _register_task, _unregister_task
 from contextvars import copy_context
 
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.math cimport INFINITY
 from libc.stdint cimport uint32_t
+from libc.stdlib cimport free, realloc
 
 from ._buffers cimport Payload
 from ._context cimport CTX_KILLED, CTX_STOPPED, Context, current_var
@@ -82,12 +83,34 @@ cdef extern from "Python.h":
     int PyObject_GetBuffer(object, Py_buffer *, int) except -1
     void PyBuffer_Release(Py_buffer *)
     int PyObject_CheckBuffer(object)
+    int PyDict_SetItem(object, object, object) except -1
     unsigned long PyThread_get_thread_ident()
 
 cdef enum:
     PYGEN_RETURN = 0
     PYGEN_ERROR = -1
     PYGEN_NEXT = 1
+
+cdef dict _tasks = _current_tasks
+
+
+cdef int leave_task(object loop) except -1:
+    """No handler is running on the loop any more."""
+    _tasks.pop(loop, None)
+    return 0
+
+
+cdef int wake_readers(WireConnection conn) except -1:
+    """Wake those for whom items have come since the last call."""
+    cdef ItemReader reader
+    cdef list readers = conn.to_wake
+    conn.to_wake = []
+    for item in readers:
+        reader = item
+        reader.wake_queued = False
+        reader.wake(True)
+    return 0
+
 
 cdef object _msgpack_decode = msgspec.msgpack.Decoder().decode
 cdef object _msgpack_encode = msgspec.msgpack.Encoder().encode
@@ -138,6 +161,15 @@ cdef class Waiter(StreamBase):
             if self.more_callbacks is None:
                 self.more_callbacks = []
             self.more_callbacks.append((callback, context))
+
+    # asyncio.gather and wait_for look at these two
+
+    @property
+    def _cancel_message(self):
+        return self.cancel_message
+
+    def _make_cancelled_error(self):
+        return CancelledError() if self.cancel_message is None else CancelledError(self.cancel_message)
 
     def remove_done_callback(self, callback):
         cdef int removed = 0
@@ -442,8 +474,10 @@ cdef class ItemReader(Waiter):
 
     def __cinit__(self):
         self.items = []
-        self.costs = []
         self.keeps_items = True
+
+    def __dealloc__(self):
+        free(self.costs)
 
     @property
     def request_context(self):
@@ -468,8 +502,7 @@ cdef class ItemReader(Waiter):
                 self.finish(error)
                 self.give_up(conn)
                 return self.wake(False)
-        self.items.append(item)
-        self.costs.append(size + ITEM_OVERHEAD)
+        self.add(item, size + ITEM_OVERHEAD)
         if last:
             self.finish(None)
         elif self.phase_deadline != INFINITY or self.between_items_timeout != INFINITY:
@@ -477,8 +510,28 @@ cdef class ItemReader(Waiter):
             self.set_phase("between_items", self.between_items_timeout)
         else:
             self.state |= S_ACCEPTED
+        if self.waiting and self.callback is not None:
+            # Once for all items that have come together, not once for each.
+            if self.source is not None and self.source.in_dispatch:
+                if not self.wake_queued:
+                    self.wake_queued = True
+                    self.source.to_wake.append(self)
+                return 0
         if self.waiting:
             return self.wake(True)
+        return 0
+
+    cdef int add(self, object item, Py_ssize_t cost) except -1:
+        cdef Py_ssize_t n = len(self.items)
+        cdef uint32_t *costs
+        if n >= self.costs_cap:
+            costs = <uint32_t *>realloc(self.costs, (self.costs_cap * 2 + 16) * sizeof(uint32_t))
+            if costs is NULL:
+                raise MemoryError()
+            self.costs = costs
+            self.costs_cap = self.costs_cap * 2 + 16
+        self.costs[n] = <uint32_t>cost
+        self.items.append(item)
         return 0
 
     cdef int set_phase(self, str phase, double timeout) except -1:
@@ -541,10 +594,8 @@ cdef class ItemReader(Waiter):
             return
         self.closed = True
         for i in range(self.head, len(self.items)):
-            if self.costs[i] is not None:
-                cost += self.costs[i]
+            cost += self.costs[i]
         self.items = []
-        self.costs = []
         self.head = 0
         if conn is not None:
             if not self.finished:
@@ -593,7 +644,6 @@ cdef class ItemReader(Waiter):
         self.head = head + 1
         if self.head == len(self.items):
             self.items.clear()
-            self.costs.clear()
             self.head = 0
         self.delivered += 1
         if self.source is not None:
@@ -779,7 +829,9 @@ cdef class HandlerTask(StreamBase):
         self.started = True
         self.running = True
         PyContext_Enter(self.pycontext)
-        _enter_task(self.loop, self)
+        # What asyncio's _enter_task and _leave_task do, less their checks: current_task() of the handler's code is this object.
+        # Within a read callback the entry is left for the next handler to overwrite; the callback's end removes it.
+        PyDict_SetItem(_tasks, self.loop, self)
         try:
             while True:
                 if self.awaitable is None:
@@ -829,7 +881,8 @@ cdef class HandlerTask(StreamBase):
             self.finish_error(failure, False)
         finally:
             self.running = False
-            _leave_task(self.loop, self)
+            if self.conn is None or not self.conn.in_dispatch:
+                leave_task(self.loop)
             PyContext_Exit(self.pycontext)
             if self._must_cancel and not self.done_ and self.waiting_for is None and self.awaitable is None:
                 self.loop.call_soon(self._step_killed)  # killed by its own step, e.g. because the connection broke while writing
@@ -1175,6 +1228,15 @@ cdef class HandlerTask(StreamBase):
     @property
     def _loop(self):
         return self.loop
+
+    # asyncio.gather and wait_for look at these two
+
+    @property
+    def _cancel_message(self):
+        return self.cancel_message_
+
+    def _make_cancelled_error(self):
+        return CancelledError() if self.cancel_message_ is None else CancelledError(self.cancel_message_)
 
     @property
     def _fut_waiter(self):

@@ -150,6 +150,7 @@ cdef class WireConnection:
     # send
     cdef readonly uint64_t tx_frames_bytes    # bytes of frames (large payloads apart) that were handed to the kernel
     cdef public bint in_dispatch              # (driver) inside a read callback: no task is running, output is flushed at its end
+    cdef list to_wake                         # (driver) streams whose readers are woken once the received bytes are dealt with
     cdef public bint congested                # (driver) the peer does not read: producers wait
     cdef object waiting_writer                # deque of streams to call when it reads again
     cdef unsigned char *obuf

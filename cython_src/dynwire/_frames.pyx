@@ -153,6 +153,7 @@ cdef class WireConnection:
         self.waiting_credit = collections.deque()
         self.waiting_writer = collections.deque()
         self.interned = []
+        self.to_wake = []
         self.pending = collections.deque()
         self.endpoint_numbers = {}
         self.channel_buffer = 100

@@ -71,6 +71,8 @@ cdef class AsyncConnection(WireConnection):
                         self.received(first, dw_now())
                         if <size_t>n > first:
                             self.received(n - first, self.now)
+                        if self.to_wake:
+                            wake_readers(self)
                         if <size_t>n < size:
                             break
                         continue
@@ -79,6 +81,8 @@ cdef class AsyncConnection(WireConnection):
                     if n > 0:
                         total += n
                         self.received(n, dw_now())
+                        if self.to_wake:
+                            wake_readers(self)
                         if <size_t>n < size:
                             break
                         continue
@@ -94,7 +98,11 @@ cdef class AsyncConnection(WireConnection):
         except DynwireError as error:
             self.protocol_failure(error)
         finally:
+            if self.to_wake:
+                wake_readers(self)  # what had come before an error is delivered
             self.in_dispatch = False
+            if not self.is_client:
+                leave_task(self.loop)
         if not self.dead:
             if self.has_output() and not self.writer_blocked:
                 self.flush()
@@ -498,7 +506,7 @@ cdef class AsyncServerConnection(AsyncConnection):
     cdef int on_request(self, StreamBase stream, object target, object payload, int kind, bytes meta, uint32_t ms) except -1:
         cdef HandlerTask task = <HandlerTask>stream
         cdef EndpointEntry entry
-        if type(target) is not EndpointEntry or self.entries.get((<EndpointEntry>target).name) is not target:
+        if type(target) is not EndpointEntry or (<EndpointEntry>target).removed:
             name = target if type(target) is str else (<EndpointEntry>target).name
             fresh = self.entries.get(name)
             if fresh is None:

@@ -10,6 +10,7 @@ cdef extern from "<semaphore.h>" nogil:
     int sem_init(sem_t *sem, int shared, unsigned int value)
     int sem_destroy(sem_t *sem)
     int sem_post(sem_t *sem)
+    int sem_trywait(sem_t *sem)
 
 cdef extern from *:
     """
@@ -34,6 +35,7 @@ cdef double STALE_S = 0.02        # a connection unused for longer is looked at 
 cdef class Parker:
     """What a waiting thread sleeps on."""
     cdef sem_t sem
+    cdef bint parked
 
     def __cinit__(self):
         sem_init(&self.sem, 0, 0)
@@ -42,12 +44,19 @@ cdef class Parker:
         sem_destroy(&self.sem)
 
 
+cdef int unpark(Parker parker) except -1:
+    """Wake the thread that sleeps on it, if one does."""
+    if parker is not None and parker.parked:
+        parker.parked = False
+        sem_post(&parker.sem)
+    return 0
+
+
 cdef class BlockingCall(CallFuture):
     cdef Parker parker
 
     cdef int wake(self, bint direct) except -1:
-        if self.parker is not None:
-            sem_post(&self.parker.sem)
+        unpark(self.parker)
         return 0
 
 
@@ -55,8 +64,7 @@ cdef class BlockingReader(ItemReader):
     cdef Parker parker
 
     cdef int wake(self, bint direct) except -1:
-        if self.parker is not None:
-            sem_post(&self.parker.sem)
+        unpark(self.parker)
         return 0
 
 
@@ -287,11 +295,13 @@ cdef class BlockingConnection(WireConnection):
                     break
             if self.reader_active:
                 self.parkers.append(parker)
-                try:
-                    with nogil:
-                        r = dw_sem_wait(&parker.sem, 1.0)
-                finally:
-                    self.parkers.remove(parker)
+                parker.parked = True
+                with nogil:
+                    r = dw_sem_wait(&parker.sem, 1.0)
+                self.parkers.remove(parker)
+                if not parker.parked and r != 0:
+                    sem_trywait(&parker.sem)  # woken and timed out at once: the count must not stay
+                parker.parked = False
                 if r != 0:
                     PyErr_CheckSignals()
                 continue
@@ -307,7 +317,7 @@ cdef class BlockingConnection(WireConnection):
     cdef int hand_over(self) except -1:
         """Wake one waiting thread, so that somebody reads on."""
         if self.parkers and not self.reader_active:
-            sem_post(&(<Parker>self.parkers[0]).sem)
+            unpark(<Parker>self.parkers[0])
         return 0
 
     cdef int look(self) except -1:
@@ -340,7 +350,7 @@ cdef class BlockingConnection(WireConnection):
         for stream in streams:
             (<StreamBase>stream).on_lost(error)
         for parker in self.parkers:
-            sem_post(&(<Parker>parker).sem)
+            unpark(<Parker>parker)
         owner, self.owner = self.owner, None
         if owner is not None:
             owner.gone(self)

@@ -27,7 +27,9 @@ from ._awaitable cimport (
     ItemReader,
     ItemStream,
     Waiter,
+    leave_task,
     make_item_stream,
+    wake_readers,
 )
 from ._buffers cimport Payload
 from ._context cimport CTX_KILLED, CTX_STOPPED, Context, current_context

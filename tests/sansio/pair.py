@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 from typing import Any
 
+from dynwire._buffers import get_pool
 from dynwire._frames import EventConnection
+
 from tests.sansio import oracle as o
 
 Event = tuple[Any, ...]
@@ -90,3 +92,19 @@ def feed(conn: EventConnection, *frames: o.Frame) -> list[Event]:
 def frames_of(conn: EventConnection) -> list[o.Frame]:
     """What the connection has to send."""
     return list(o.parse(conn.output()))
+
+
+def close(conn: EventConnection) -> None:
+    """End the open streams: a connection with open streams refers to itself. Not while part of a frame has arrived (client)."""
+    for sid in range(64):
+        if conn.stream(sid) is not None:
+            if conn.is_client:
+                feed(conn, o.Frame(o.ERROR, stream=sid))
+            else:
+                conn.send_error(sid, 0, b"")
+
+
+def in_use() -> tuple[int, int]:
+    """Blocks and bytes of the process's pool that somebody holds."""
+    stats = get_pool().stats()
+    return stats["in_use_blocks"], stats["in_use_bytes"]

@@ -24,7 +24,8 @@ def _start(**kw: Any) -> Op:
 
 
 SCRIPT: list[tuple[str, str, Op]] = [
-    ("preface and HELLO", "client", _start(software="doc", connection_id=bytes(range(1, 9)), token="secret", accept_timeout_ms=5000)),
+    ("preface and HELLO", "client",
+     _start(software="doc", connection_id=bytes(range(1, 9)), token="secret", accept_timeout_ms=5000)),
     ("preface and HELLO", "server", _start(software="doc")),
     ("REQUEST that names its endpoint", "client", lambda c: c.request("a.b.c", b"hello")),
     ("REQUEST of a known endpoint: msgpack, metadata, 1500 ms", "client",

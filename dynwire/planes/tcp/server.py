@@ -148,6 +148,7 @@ class AsyncTcpServer(AsyncRequestPlaneServer):
         killed = self._kill(entry)
         if killed:
             await self._wait_idle([entry], KILLED_GRACE_S)
+        entry.removed = True
         if self.entries.get(endpoint) is entry:
             del self.entries[endpoint]
         return killed
