@@ -24,7 +24,16 @@ NAMES = ("raw", "msgpack", "json")
 _OBJECTS = frozenset({dict, list, tuple, str, int, float, bool, type(None), set, frozenset})
 # Types without a buffer, so that they need no attempt to make a memoryview, which costs an exception.
 
-_msgpack_encode = msgspec.msgpack.Encoder().encode
+
+
+def _foreign(obj: object) -> object:
+    """What msgspec cannot encode by itself: a received payload inside of an object goes out as bytes again."""
+    if isinstance(obj, Payload):
+        return memoryview(obj)
+    raise NotImplementedError(f"Encoding objects of type {type(obj).__module__}.{type(obj).__qualname__} is unsupported")
+
+
+msgpack_encode = msgspec.msgpack.Encoder(enc_hook=_foreign).encode
 _msgpack_decode = msgspec.msgpack.Decoder().decode
 
 
@@ -60,10 +69,10 @@ def encode(obj: Any, codec: str) -> bytes:
     """
     try:
         if codec == "msgpack":
-            return _msgpack_encode(obj)
+            return msgpack_encode(obj)
         check_codec(codec)
         return orjson.dumps(obj, default=msgspec.to_builtins)
-    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
+    except (TypeError, ValueError, OverflowError, RecursionError, NotImplementedError, msgspec.MsgspecError) as error:
         raise DecodeError(f"cannot encode {type(obj).__name__} as {codec}: {error}", phase="encode") from error
 
 

@@ -139,6 +139,8 @@ cdef class HandlerTask(StreamBase):
     cdef int settle(self) except -1
     cdef int kill(self) except -1
     cdef int _run(self, object error) except -1
+    cdef bint recyclable(self)
+    cdef int recycle(self) except -1
 
 cdef int leave_task(object loop) except -1
 cdef int wake_readers(WireConnection conn) except -1

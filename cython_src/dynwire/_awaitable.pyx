@@ -40,7 +40,7 @@ from ._frames cimport (
     WireConnection,
 )
 
-from .codec import decode_raw, encode, is_bytes_like, unpack
+from .codec import encode, msgpack_encode, unpack
 from .errors import (
     Cancelled,
     DeadlineExceeded,
@@ -61,6 +61,16 @@ cdef extern from *:
     static void dw_set_am_send(PyObject *type, dw_sendfunc f) {
         ((PyTypeObject *)type)->tp_as_async->am_send = (sendfunc)f;
     }
+    /* Is this the callback with which an asyncio.Task (the C one) waits for a future? */
+    static PyCFunction dw_task_wakeup = NULL;
+    static int dw_is_task_wakeup(PyObject *callback) {
+        if (!PyCFunction_CheckExact(callback)) return 0;
+        PyCFunction f = PyCFunction_GET_FUNCTION(callback);
+        if (f == dw_task_wakeup) return 1;
+        if (dw_task_wakeup != NULL || strcmp(((PyCFunctionObject *)callback)->m_ml->ml_name, "task_wakeup") != 0) return 0;
+        dw_task_wakeup = f;
+        return 1;
+    }
     static PyObject *dw_anext(PyObject *agen) {
         PyAsyncMethods *m = Py_TYPE(agen)->tp_as_async;
         if (m == NULL || m->am_anext == NULL) {
@@ -73,6 +83,7 @@ cdef extern from *:
     ctypedef int (*dw_sendfunc)(PyObject *, PyObject *, PyObject **)
     void dw_set_am_send(PyObject *type, dw_sendfunc f)
     object dw_anext(object agen)
+    bint dw_is_task_wakeup(object callback)
 
 cdef extern from "Python.h":
     int PyIter_Send(object iter, object arg, PyObject **result) except? -1
@@ -113,7 +124,7 @@ cdef int wake_readers(WireConnection conn) except -1:
 
 
 cdef object _msgpack_decode = msgspec.msgpack.Decoder().decode
-cdef object _msgpack_encode = msgspec.msgpack.Encoder().encode
+cdef object _msgpack_encode = msgpack_encode
 cdef object _monotonic = time.monotonic
 cdef tuple _KINDS = ("raw", "msgpack", "json")
 
@@ -133,6 +144,18 @@ cdef inline object decode_item(object item, int kind, object reply_type):
 
 cdef class ChannelBase:
     pass
+
+
+# A task that is woken asks the future for its outcome, and for any but asyncio's own kind of future looks the method up by its
+# name as a C string, which costs as much as the rest of the wake-up. The outcome is taken when the awaitable is resumed anyway, so
+# the task is shown this finished future instead.
+class _NoLoop:
+    def get_debug(self):
+        return False
+
+
+cdef object _done = asyncio.Future(loop=_NoLoop())
+_done.set_result(None)
 
 
 cdef class Waiter(StreamBase):
@@ -200,7 +223,10 @@ cdef class Waiter(StreamBase):
         if direct and more is None:
             PyContext_Enter(context)
             try:
-                callback(self)
+                if _done is not None and self.outcome != FAILED and dw_is_task_wakeup(callback):
+                    callback(_done)
+                else:
+                    callback(self)
             except (KeyboardInterrupt, SystemExit) as error:
                 # Let the loop see it, after the callback has dealt with the rest of what was received.
                 self.loop.call_soon(_raise, error)
@@ -819,6 +845,7 @@ cdef class HandlerTask(StreamBase):
         cdef PyObject *result = NULL
         cdef int state
         cdef object value
+        cdef bint batch
         if self.done_:
             return 0
         if self._must_cancel:
@@ -828,6 +855,7 @@ cdef class HandlerTask(StreamBase):
         self.waiting_for = None
         self.started = True
         self.running = True
+        batch = self.conn is not None and self.conn.in_dispatch
         PyContext_Enter(self.pycontext)
         # What asyncio's _enter_task and _leave_task do, less their checks: current_task() of the handler's code is this object.
         # Within a read callback the entry is left for the next handler to overwrite; the callback's end removes it.
@@ -881,7 +909,7 @@ cdef class HandlerTask(StreamBase):
             self.finish_error(failure, False)
         finally:
             self.running = False
-            if self.conn is None or not self.conn.in_dispatch:
+            if not batch:
                 leave_task(self.loop)
             PyContext_Exit(self.pycontext)
             if self._must_cancel and not self.done_ and self.waiting_for is None and self.awaitable is None:
@@ -958,7 +986,7 @@ cdef class HandlerTask(StreamBase):
                 if kind == 1:
                     try:
                         item = _msgpack_encode(item)
-                    except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError):
+                    except (TypeError, ValueError, OverflowError, RecursionError, NotImplementedError, msgspec.MsgspecError):
                         item = encode(item, "msgpack")  # raises a DecodeError that names the type
                 else:
                     item = encode(item, "json")
@@ -1100,6 +1128,41 @@ cdef class HandlerTask(StreamBase):
             callbacks, self.callbacks = self.callbacks, None
             for callback, context in callbacks:
                 self.loop.call_soon(callback, self, context=context)
+        return 0
+
+    cdef bint recyclable(self):
+        """Has the handler ended without suspending, with its reply sent, so that nothing refers to it?"""
+        return (
+            self.done_ and self.conn is None and self.held is None and not self.registered and self.callbacks is None
+            and self.name is None and not self.state & S_SENDING
+        )  # fmt: skip
+
+    cdef int recycle(self) except -1:
+        """Back to the state of a new object."""
+        self.pycontext = None
+        self.context = None
+        self.entry = None
+        self.coro = None
+        self.awaitable = None
+        self.result_ = None
+        self.exception_ = None
+        self.cancel_message_ = None
+        self.in_meta = None
+        self.state = 0
+        self.refund = 0
+        self.timer = INFINITY
+        self._must_cancel = False
+        self._asyncio_future_blocking = False
+        self.cancels = 0
+        self.started = False
+        self.running = False
+        self.done_ = False
+        self.settled_ = False
+        self.cancelled_ = False
+        self.item_sent = False
+        self.timed_out = False
+        self.evicted = False
+        self.closing = False
         return 0
 
     cdef int kill(self) except -1:

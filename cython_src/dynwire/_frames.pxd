@@ -35,6 +35,8 @@ cdef enum:
     PREFACE_BYTES = 8
     FRAGMENT_FROM = 65536        # payloads from this size on travel as announcement + CONT frames
     FRAGMENT_BYTES = 262144      # body of one CONT frame that we send
+    POLITE_FRAGMENT_BYTES = 131072  # the same while small messages use the connection too
+    POLITE_IN_FLIGHT = 524288    # and then no more than this much of large payloads is between the two programs
     FRAME_LIMIT = 1048576        # largest CONT body that we accept
     META_LIMIT = 32768           # bytes of metadata of one request
     NAME_LIMIT = 256             # bytes of an endpoint name
@@ -90,7 +92,7 @@ cdef class StreamBase:
     cdef Block in_block
     cdef uint32_t in_total
     cdef uint32_t in_have
-    cdef bint keeps_items         # (client) refunds items itself, when the application takes them; otherwise they count as taken on arrival
+    cdef bint keeps_items         # (client) refunds items when the application takes them; others count as taken on arrival
     cdef object in_target         # (server) endpoint of the request that is being assembled
     cdef bytes in_meta
     cdef uint32_t in_arg
@@ -158,6 +160,9 @@ cdef class WireConnection:
     cdef unsigned char *wbuf
     cdef size_t wcap, wpos, wend
     cdef object large                         # deque of LargeSend, round robin
+    cdef double small_until                   # until then the connection counts as used by small messages too
+    cdef uint64_t large_sent                  # bytes of fragments written
+    cdef uint64_t large_acked                 # of these, the peer has read (it has answered the PING behind them)
     cdef LargeSend cur                        # fragment that was sent in part
     cdef unsigned char cur_header[HEADER_BYTES]
     cdef size_t cur_len, cur_done             # header + slice
@@ -181,7 +186,8 @@ cdef class WireConnection:
     cdef int on_hello(self, dict hello) except -1
     cdef object resolve(self, str name)
     cdef StreamBase make_stream(self)
-    cdef int on_request(self, StreamBase stream, object target, object payload, int kind, bytes meta, uint32_t timeout_ms) except -1
+    cdef int on_request(self, StreamBase stream, object target, object payload, int kind, bytes meta,
+                        uint32_t timeout_ms) except -1
     cdef int on_goaway(self, int code, uint32_t last_seq, str text) except -1
     cdef int on_pong(self, uint32_t a, uint32_t b) except -1
     cdef int on_slot_free(self) except -1
@@ -204,9 +210,11 @@ cdef class WireConnection:
     cdef size_t _sent_fragment(self, size_t n) except? 0
     # sending
     cdef unsigned char *reserve(self, size_t n) except NULL
-    cdef int put_frame(self, uint8_t type, uint8_t flags, uint16_t aux, uint32_t sid, uint32_t arg, const unsigned char *body, size_t n) except -1
+    cdef int put_frame(self, uint8_t type, uint8_t flags, uint16_t aux, uint32_t sid, uint32_t arg,
+                       const unsigned char *body, size_t n) except -1
     cdef int add_large(self, StreamBase stream, object owner) except -1
-    cdef int put_request(self, StreamBase stream, uint16_t endpoint, bytes name, const unsigned char *p, size_t n, object owner, int kind, bytes meta, uint32_t timeout_ms) except -1
+    cdef int put_request(self, StreamBase stream, uint16_t endpoint, bytes name, const unsigned char *p, size_t n,
+                         object owner, int kind, bytes meta, uint32_t timeout_ms) except -1
     cdef int put_item(self, StreamBase stream, const unsigned char *p, size_t n, object owner, int kind, bint last) except -1
     cdef int put_end(self, StreamBase stream) except -1
     cdef int put_error(self, StreamBase stream, int code, bytes body) except -1
@@ -216,6 +224,7 @@ cdef class WireConnection:
     cdef int request_done(self, StreamBase stream) except -1
     cdef void drop_large(self, StreamBase stream)
     cdef bint has_output(self)
+    cdef bint large_must_wait(self)
     cdef size_t output_backlog(self)
     cdef int gather(self, dw_chunk *chunks, size_t limit)
     cdef int sent(self, size_t n) except -1
@@ -240,8 +249,10 @@ cdef class WireConnection:
     cdef double live_since
     cdef double ping_at
     cdef double ping_sent
-    cdef int submit(self, StreamBase stream, str endpoint, object data, int kind, bytes meta, double deadline, double due, double now) except -1
-    cdef int send_request(self, StreamBase stream, str endpoint, object data, int kind, bytes meta, double deadline, double due, double now) except -1
+    cdef int submit(self, StreamBase stream, str endpoint, object data, int kind, bytes meta, double deadline, double due,
+                    double now) except -1
+    cdef int send_request(self, StreamBase stream, str endpoint, object data, int kind, bytes meta, double deadline,
+                          double due, double now) except -1
     cdef int send_pending(self) except -1
     cdef int forget_pending(self, StreamBase stream) except -1
     cdef int refuse_after(self, uint32_t last_seq, object error) except -1

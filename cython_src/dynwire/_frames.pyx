@@ -20,7 +20,7 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.math cimport INFINITY
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memcmp, memcpy, memmove
+from libc.string cimport memcpy, memmove
 
 from ._buffers cimport Block, Payload, default_pool, payload_copy, payload_of_block
 
@@ -32,7 +32,8 @@ cdef bytes _PREFACE = b"DYNW" + bytes([WIRE_MAJOR, WIRE_MINOR, 0, 0])
 PREFACE = _PREFACE
 cdef uint32_t CONNECTION_WINDOW_ID = 0xFFFFFFFF
 cdef int64_t _CREDIT_LIMIT = <int64_t>1 << 40
-cdef uint32_t _WAITING_SLOTS = 0x01000000
+cdef uint32_t _MARK = 0x80000000        # in the first half of a PING: the second tells how much of large payloads stands before it
+cdef double _SMALL_S = 0.05
 cdef object _pack = msgspec.msgpack.encode
 cdef object _unpack = msgspec.msgpack.decode
 
@@ -496,6 +497,9 @@ cdef class WireConnection:
             self.put_frame(T_PONG, 0, 0, sid, arg, NULL, 0)
             return self.wrote()
         if type_ == T_PONG:
+            if sid & _MARK:
+                self.large_acked = (<uint64_t>(sid & ~_MARK) << 32) | arg
+                return self.wrote()
             return self.on_pong(sid, arg)
         if type_ == T_GOAWAY:
             self.draining = True
@@ -749,6 +753,7 @@ cdef class WireConnection:
             self.add_large(stream, owner)
             dw_st32(size, <uint32_t>n)
             return self.put_frame(T_DATA, flags | F_FRAGMENTED, 0, stream.sid, 0, size, 4)
+        self.small_until = self.now + _SMALL_S
         return self.put_frame(T_DATA, flags, 0, stream.sid, 0, p, n)
 
     cdef int put_end(self, StreamBase stream) except -1:
@@ -807,7 +812,9 @@ cdef class WireConnection:
                     break
 
     cdef bint has_output(self):
-        return self.oend > 0 or self.wpos < self.wend or self.cur is not None or len(self.large) > 0
+        return self.oend > 0 or self.wpos < self.wend or self.cur is not None or (
+            len(self.large) > 0 and not self.large_must_wait()
+        )
 
     cdef size_t output_backlog(self):
         """Bytes in the buffers for frames; large payloads in their owners' memory do not count."""
@@ -821,8 +828,8 @@ cdef class WireConnection:
         """
         cdef int n = 0
         cdef size_t total = 0
-        cdef size_t done, size, offset
-        cdef int picks = 0
+        cdef size_t done, size
+        cdef size_t fragment = FRAGMENT_BYTES
         cdef LargeSend large
         cdef unsigned char *swap
         cdef size_t swap_cap
@@ -852,9 +859,11 @@ cdef class WireConnection:
             chunks[n].len = self.wend - self.wpos
             n += 1
         # A fragment may not overtake its announcement, which could be among the frames that are not being written yet.
-        if self.cur is None and self.oend == 0 and len(self.large):
+        if self.cur is None and self.oend == 0 and len(self.large) and not self.large_must_wait():
+            if self.now < self.small_until:
+                fragment = POLITE_FRAGMENT_BYTES
             large = <LargeSend>self.large[0]
-            size = min(<size_t>large.view.len - large.offset, <size_t>FRAGMENT_BYTES)
+            size = min(<size_t>large.view.len - large.offset, fragment)
             dw_header(self.cur_header, <uint32_t>size, T_CONT, 0, 0, large.sid, 0)
             self.cur = large
             self.cur_len = HEADER_BYTES + size
@@ -868,6 +877,13 @@ cdef class WireConnection:
         else:
             self.cur_after = False
         return n
+
+    cdef bint large_must_wait(self):
+        """While small messages use the connection too, large payloads keep the queue between the two programs short.
+
+        What is in the socket buffers cannot be overtaken any more, and with large payloads that is megabytes.
+        """
+        return self.now < self.small_until and self.large_sent - self.large_acked >= POLITE_IN_FLIGHT
 
     cdef int sent(self, size_t n) except -1:
         """The first ``n`` bytes of what `gather` named were written."""
@@ -900,6 +916,11 @@ cdef class WireConnection:
         self.cur = None
         self.tx_frames += 1
         large.offset += self.cur_len - HEADER_BYTES
+        self.large_sent += self.cur_len - HEADER_BYTES
+        if self.now < self.small_until:
+            self.put_frame(T_PING, 0, 0, _MARK | <uint32_t>(self.large_sent >> 32), <uint32_t>self.large_sent, NULL, 0)
+        else:
+            self.large_acked = self.large_sent
         if large.dropped:
             return n - take
         if large.offset == <size_t>large.view.len:
@@ -923,6 +944,7 @@ cdef class WireConnection:
         Raises `MessageTooLarge` and `Overloaded`, both before anything was sent.
         """
         cdef Py_ssize_t size = len(data) if type(data) is bytes else _size_of(data)
+        self.now = now
         if size > self.peer_max_message:
             raise MessageTooLarge(
                 f"a request of {size} bytes exceeds the limit of {self.peer_max_message} bytes that {self.peer} accepts; raise "

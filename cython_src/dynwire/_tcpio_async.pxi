@@ -147,6 +147,8 @@ cdef class AsyncConnection(WireConnection):
         cdef ssize_t written
         while self.has_output() and not self.dead:
             n = self.gather(chunks, 1048576)
+            if n == 0:
+                break
             total = 0
             for i in range(n):
                 total += chunks[i].len
@@ -474,6 +476,7 @@ cdef class AsyncServerConnection(AsyncConnection):
     cdef dict entries
     cdef object base_context
     cdef double accept_after
+    cdef HandlerTask spare           # of a handler that did not suspend, for the next request
     cdef bint tracebacks
 
     def __init__(self, loop, sock, peer, server, base_context, *, tracebacks=False, **limits):
@@ -501,7 +504,8 @@ cdef class AsyncServerConnection(AsyncConnection):
         return name if entry is None else entry
 
     cdef StreamBase make_stream(self):
-        return HandlerTask.__new__(HandlerTask)
+        task, self.spare = self.spare, None
+        return HandlerTask.__new__(HandlerTask) if task is None else <HandlerTask>task
 
     cdef int on_request(self, StreamBase stream, object target, object payload, int kind, bytes meta, uint32_t ms) except -1:
         cdef HandlerTask task = <HandlerTask>stream
@@ -512,7 +516,8 @@ cdef class AsyncServerConnection(AsyncConnection):
             if fresh is None:
                 known = sorted(self.entries)
                 return self.refuse(stream, EndpointNotFound(
-                    f"{name} is not served here (served: {', '.join(known[:20]) or 'nothing'})", endpoint=name, sent="no"
+                    f"{name} is not served here (served: {', '.join(known[:20]) or 'nothing'})", endpoint=name, sent="no",
+                    retryable=True,  # the record that led here is stale; another instance may serve it
                 ))  # fmt: skip
             target = fresh
         entry = target
@@ -527,10 +532,15 @@ cdef class AsyncServerConnection(AsyncConnection):
             ))  # fmt: skip
         task.loop = self.loop
         task.tracebacks = self.tracebacks
-        return task.begin(
+        task.begin(
             self, entry, payload, kind, meta, self.now + ms * 0.001 if ms else INFINITY, self.now + self.accept_after,
             self.base_context,
         )
+        # Two references are the caller's and ours; any further one is the user's, from current_task().
+        if task.recyclable() and Py_REFCNT(task) == 2:
+            task.recycle()
+            self.spare = task
+        return 0
 
     cdef int refuse(self, StreamBase stream, object error) except -1:
         self.put_error(stream, 0, error_body(error))

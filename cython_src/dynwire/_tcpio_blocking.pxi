@@ -137,6 +137,8 @@ cdef class BlockingConnection(WireConnection):
         try:
             while self.has_output() and not self.dead:
                 n = self.gather(chunks, 1048576)
+                if n == 0:
+                    break
                 total = 0
                 for i in range(n):
                     total += chunks[i].len

@@ -54,7 +54,7 @@ from ._frames cimport (
 
 from . import errors as _errors
 from ._context import INHERITED_HEADERS
-from .codec import encode as _encode_with
+from .codec import encode as _encode_with, msgpack_encode
 from .errors import (
     BY_CODE,
     Cancelled,
@@ -126,6 +126,7 @@ cdef extern from "Python.h":
     int PyObject_GetBuffer(object, Py_buffer *, int) except -1
     void PyBuffer_Release(Py_buffer *)
     int PyErr_CheckSignals() except -1
+    Py_ssize_t Py_REFCNT(object)
 
 cdef enum:
     CONGESTED_BYTES = 262144      # backlog of frames from which producers wait for the socket
@@ -138,7 +139,7 @@ cdef enum:
     GOAWAY_VERSION = 4
 
 cdef object _pack_headers = msgspec.msgpack.Encoder().encode
-cdef object _msgpack_encode = msgspec.msgpack.Encoder().encode
+cdef object _msgpack_encode = msgpack_encode
 
 
 def read_error_text(int code):
@@ -201,7 +202,7 @@ cdef object encode_payload(object payload, int *kind, int default_kind):
     if default_kind == 1:
         try:
             return _msgpack_encode(payload)
-        except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError):
+        except (TypeError, ValueError, OverflowError, RecursionError, NotImplementedError, msgspec.MsgspecError):
             return _encode_with(payload, "msgpack")  # raises a DecodeError that names the type
     return _encode_with(payload, "json")
 

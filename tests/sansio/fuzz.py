@@ -33,8 +33,8 @@ POOL_LIMIT = (STREAMS + 1) * 262_144
 KNOWN = ("UnicodeDecodeError", "RecursionError")
 """what HELLO raises beyond typed errors at present; test_hello_with_strings_or_nesting_that_msgspec_dislikes will say when not"""
 
-INTERESTING = [0, 1, 2, 3, 4, 15, 16, 17, 63, 64, 65, 127, 128, 255, 256, 32768, 65535, 65536, 98900, 98901, 1 << 20, (1 << 20) + 1,
-               200_000, 200_001, (1 << 31) - 1, 1 << 31, 0xFFFFFFFE, 0xFFFFFFFF]  # fmt: skip
+INTERESTING = [0, 1, 2, 3, 4, 15, 16, 17, 63, 64, 65, 127, 128, 255, 256, 32768, 65535, 65536, 98900, 98901, 1 << 20,
+               (1 << 20) + 1, 200_000, 200_001, (1 << 31) - 1, 1 << 31, 0xFFFFFFFE, 0xFFFFFFFF]  # fmt: skip
 
 
 def corpus(role: str) -> list[o.Frame]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gc
 import struct
+import subprocess
+import sys
 
 import pytest
-from dynwire._frames import LIMITS, EventConnection, describe_foreign
 
+from dynwire._frames import LIMITS, EventConnection, describe_foreign
 from dynwire.errors import DynwireError, PlaneMismatch, ProtocolError
 
 from . import oracle as o
@@ -676,3 +678,26 @@ def test_errors_are_typed_and_leave_the_events_before_them() -> None:
     with pytest.raises(DynwireError):
         pair.feed(conn, o.item(0, b"good"), o.Frame(99))
     assert conn.events == [("item", 0, b"good", 0, False)]
+
+
+UNKNOWN_STREAM = [
+    "send_item(9, b'x')",
+    "send_end(9)",
+    "send_error(9, 0, b'')",
+    "finish(9)",
+    "cancel(9, 1)",
+    "cancel(9, 2)",
+    "set_timer(9, 1.0)",
+]
+
+
+@pytest.mark.xfail(
+    strict=True, reason="methods of EventConnection use get_slot() without a look at None: a segfault or a wild write"
+)
+def test_unknown_streams_are_an_error_not_a_crash() -> None:
+    code = "from dynwire._frames import EventConnection\nconn = EventConnection(False)\nconn.{}"
+    ends = {}
+    for call in UNKNOWN_STREAM:
+        done = subprocess.run([sys.executable, "-c", code.format(call)], capture_output=True, text=True, check=False)
+        ends[call] = (done.returncode, "Error: " in done.stderr)
+    assert ends == dict.fromkeys(UNKNOWN_STREAM, (1, True))

@@ -1,0 +1,1 @@
+"""What dynwire holds: memory, descriptors, threads, tasks. Real processes, numbers from /proc."""
