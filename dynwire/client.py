@@ -11,7 +11,7 @@ import threading
 import time
 from asyncio import _get_running_loop
 from collections.abc import Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from ._context import Context
 from .calls import INHERIT, Deadline, call_context, connect_timeout, deadline_of
@@ -26,6 +26,8 @@ from .types import Instance, Timeouts
 if TYPE_CHECKING:
     from .manager import AsyncNetworkManager, NetworkManager
     from .planes.base import AsyncItemStream, ItemStream
+
+T = TypeVar("T")
 
 monotonic = time.monotonic
 
@@ -74,6 +76,45 @@ class AsyncClient:
         self._closed = False
 
     # Calling
+
+    @overload
+    async def call(
+        self,
+        payload: Any,
+        *,
+        timeout: Timeouts | float | None = None,
+        reply_type: None = None,
+        headers: Mapping[str, str] | None = None,
+        context: Context | None = None,
+        instance: int | None = None,
+        deadline: Deadline = INHERIT,
+    ) -> Any: ...
+
+    @overload
+    async def call(
+        self,
+        payload: Any,
+        *,
+        timeout: Timeouts | float | None = None,
+        reply_type: type[T],
+        headers: Mapping[str, str] | None = None,
+        context: Context | None = None,
+        instance: int | None = None,
+        deadline: Deadline = INHERIT,
+    ) -> T: ...
+
+    @overload
+    async def call(
+        self,
+        payload: Any,
+        *,
+        timeout: Timeouts | float | None = None,
+        reply_type: Any,
+        headers: Mapping[str, str] | None = None,
+        context: Context | None = None,
+        instance: int | None = None,
+        deadline: Deadline = INHERIT,
+    ) -> Any: ...
 
     async def call(
         self,
@@ -355,6 +396,45 @@ class Client:
         self._lock = threading.Lock()
         self._home: Route | None = None
         self._closed = False
+
+    @overload
+    def call(
+        self,
+        payload: Any,
+        *,
+        timeout: Timeouts | float | None = None,
+        reply_type: None = None,
+        headers: Mapping[str, str] | None = None,
+        context: Context | None = None,
+        instance: int | None = None,
+        deadline: Deadline = INHERIT,
+    ) -> Any: ...
+
+    @overload
+    def call(
+        self,
+        payload: Any,
+        *,
+        timeout: Timeouts | float | None = None,
+        reply_type: type[T],
+        headers: Mapping[str, str] | None = None,
+        context: Context | None = None,
+        instance: int | None = None,
+        deadline: Deadline = INHERIT,
+    ) -> T: ...
+
+    @overload
+    def call(
+        self,
+        payload: Any,
+        *,
+        timeout: Timeouts | float | None = None,
+        reply_type: Any,
+        headers: Mapping[str, str] | None = None,
+        context: Context | None = None,
+        instance: int | None = None,
+        deadline: Deadline = INHERIT,
+    ) -> Any: ...
 
     def call(
         self,

@@ -25,7 +25,6 @@ _OBJECTS = frozenset({dict, list, tuple, str, int, float, bool, type(None), set,
 # Types without a buffer, so that they need no attempt to make a memoryview, which costs an exception.
 
 
-
 def _foreign(obj: object) -> object:
     """What msgspec cannot encode by itself: a received payload inside of an object goes out as bytes again."""
     if isinstance(obj, Payload):

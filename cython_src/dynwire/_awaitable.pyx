@@ -1,7 +1,8 @@
 """Calls, streams and handlers as the event loop sees them.
 
-`CallFuture` and `ItemReader` are awaited by callers. They speak the future protocol of asyncio, and wake the awaiting task directly
-from the read callback instead of through ``loop.call_soon`` (half the cost of an asyncio.Future, see docs/performance.md).
+`CallFuture` and `ItemReader` are awaited by callers. They speak the future protocol of asyncio, and wake the awaiting task
+directly from the read callback instead of through ``loop.call_soon``: half the cost of an asyncio.Future, see
+docs/performance.md.
 
 `HandlerTask` runs a handler on the server's side. It takes the place of `asyncio.Task` from the handler's first line:
 ``asyncio.current_task()`` returns it, and ``asyncio.timeout()``, ``TaskGroup``, context variables and cancellation work with it.
@@ -25,7 +26,6 @@ from libc.math cimport INFINITY
 from libc.stdint cimport uint32_t
 from libc.stdlib cimport free, realloc
 
-from ._buffers cimport Payload
 from ._context cimport CTX_KILLED, CTX_STOPPED, Context, current_var
 from ._frames cimport (
     ITEM_OVERHEAD,
@@ -34,7 +34,6 @@ from ._frames cimport (
     S_PENDING,
     S_SENDING,
     S_WRITTEN,
-    S_ZOMBIE,
     T_ACCEPT,
     StreamBase,
     WireConnection,
@@ -45,10 +44,7 @@ from .errors import (
     Cancelled,
     DeadlineExceeded,
     DecodeError,
-    DynwireError,
-    EndpointNotFound,
     MessageTooLarge,
-    Overloaded,
     PeerLost,
     ProtocolError,
 )
@@ -147,8 +143,8 @@ cdef class ChannelBase:
 
 
 # A task that is woken asks the future for its outcome, and for any but asyncio's own kind of future looks the method up by its
-# name as a C string, which costs as much as the rest of the wake-up. The outcome is taken when the awaitable is resumed anyway, so
-# the task is shown this finished future instead.
+# name as a C string, which costs as much as the rest of the wake-up. The outcome is taken when the awaitable is resumed
+# anyway, so the task is shown this finished future instead.
 class _NoLoop:
     def get_debug(self):
         return False
@@ -606,7 +602,8 @@ cdef class ItemReader(Waiter):
                 conn.wrote()
             return
         self.fail_with(
-            Cancelled("the stream was killed by its context", peer=self.channel.peer, sent=self.sent_state(), request_id=self.request_id()),
+            Cancelled("the stream was killed by its context", peer=self.channel.peer, sent=self.sent_state(),
+                      request_id=self.request_id()),
             False,
         )
         self.give_up(conn)

@@ -10,7 +10,7 @@ Threads: every operation runs under the GIL and is atomic with respect to it.
 cimport cython
 from cpython.buffer cimport PyBUF_SIMPLE, PyBUF_WRITABLE, PyBuffer_FillInfo, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from libc.stdlib cimport free, malloc
+from libc.stdlib cimport free
 from libc.string cimport memcmp, memcpy
 
 cdef extern from "stdlib.h" nogil:
@@ -116,7 +116,7 @@ cdef class BufferPool:
         self._drop_cached()
 
     def stats(self):
-        """Counters: bytes and blocks in use and cached, the budget, hits and misses of `acquire`, blocks given back to the system."""
+        """Counters: bytes and blocks in use and cached, budget, hits and misses of `acquire`, blocks given back to the system."""
         return {
             "budget_bytes": self.budget_bytes,
             "in_use_bytes": self.in_use_bytes,

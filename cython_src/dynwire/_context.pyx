@@ -122,7 +122,7 @@ cdef class Context:
         return (self._flags & CTX_KILLED) != 0
 
     def on_stop(self, callback):
-        """Call ``callback()`` once, when the request is stopped or killed; at once if it already is. Runs in the thread that stops."""
+        """Call ``callback()`` once, when the request is stopped or killed, in the thread that does it; at once if it is."""
         if self._flags & CTX_STOPPED:
             callback()
             return
@@ -148,7 +148,7 @@ cdef class Context:
         await event.wait()
 
     def wait_stopped(self, timeout=None):
-        """Block until the request is stopped or killed, at most ``timeout`` seconds; returns whether it is (for blocking handlers)."""
+        """Block until the request is stopped or killed, at most ``timeout`` seconds; returns whether it is."""
         if not self._flags & CTX_STOPPED:
             event = threading.Event()
             self.on_stop(event.set)

@@ -96,7 +96,7 @@ cdef class StreamBase:
     cdef object in_target         # (server) endpoint of the request that is being assembled
     cdef bytes in_meta
     cdef uint32_t in_arg
-    cdef int64_t cost             # server: credit to refund when the request ends; client: credit left to the server for this stream
+    cdef int64_t cost             # server: credit to refund when the request ends; client: credit left to the server here
     cdef uint64_t mark            # (client) value of tx_frames_bytes at which the request's frame begins
 
     cdef int on_item(self, object item, int kind, bint last) except -1

@@ -1,15 +1,15 @@
 """The native wire, without I/O: frames, streams, credit. Bytes and a clock go in, events and bytes come out.
 
 docs/wire.md specifies every byte. `WireConnection` is the state machine of one connection in either role. The drivers in
-`dynwire._tcpio` subclass it and `StreamBase` and are called through C methods; `EventConnection` is the same machine with a Python
-face (events as tuples), for tests, fuzzers and tools.
+`dynwire._tcpio` subclass it and `StreamBase` and are called through C methods; `EventConnection` is the same machine with a
+Python face (events as tuples), for tests, fuzzers and tools.
 
-The machine is driven like this: put bytes where `recv_target` says and report them with `received`; it calls back for every complete
-request, item or error. Frames to send collect in two buffers (one is filled while the other is being written) and large payloads are
-sent from their own memory; `gather` says what to write, `sent` how much of it was accepted.
+The machine is driven like this: put bytes where `recv_target` says and report them with `received`; it calls back for every
+complete request, item or error. Frames to send collect in two buffers (one is filled while the other is being written) and
+large payloads are sent from their own memory; `gather` says what to write, `sent` how much of it was accepted.
 
-Threads: one thread at a time, in the sense of the GIL. No method releases it. A writer may release it between `gather` and `sent`:
-nothing in between moves the memory that `gather` named.
+Threads: one thread at a time, in the sense of the GIL. No method releases it. A writer may release it between `gather` and
+`sent`: nothing in between moves the memory that `gather` named.
 """
 
 import collections
@@ -32,7 +32,8 @@ cdef bytes _PREFACE = b"DYNW" + bytes([WIRE_MAJOR, WIRE_MINOR, 0, 0])
 PREFACE = _PREFACE
 cdef uint32_t CONNECTION_WINDOW_ID = 0xFFFFFFFF
 cdef int64_t _CREDIT_LIMIT = <int64_t>1 << 40
-cdef uint32_t _MARK = 0x80000000        # in the first half of a PING: the second tells how much of large payloads stands before it
+# Set in the first half of a PING whose other bits tell how much of large payloads stands before it.
+cdef uint32_t _MARK = 0x80000000
 cdef double _SMALL_S = 0.05
 cdef object _pack = msgspec.msgpack.encode
 cdef object _unpack = msgspec.msgpack.decode
@@ -77,6 +78,9 @@ class Hello(msgspec.Struct, kw_only=True):
 cdef object _hello_decoder = msgspec.msgpack.Decoder(Hello)
 
 
+_HTTP_VERBS = (b"GET", b"POST", b"PUT", b"HEAD", b"DELETE", b"OPTIONS", b"PATCH", b"CONNECT")
+
+
 def describe_foreign(bytes head):
     """What protocol the first bytes of a connection look like: ``(name, is_text)``."""
     if head[:1] == b"\x16" and head[1:2] in (b"", b"\x03"):
@@ -84,7 +88,7 @@ def describe_foreign(bytes head):
     if head.startswith(b"PRI * HTTP/2"):
         return "HTTP/2"
     verb = head.split(b" ", 1)[0]
-    if verb in (b"GET", b"POST", b"PUT", b"HEAD", b"DELETE", b"OPTIONS", b"PATCH", b"CONNECT") and not head.startswith(b"CONNECT {"):
+    if verb in _HTTP_VERBS and not head.startswith(b"CONNECT {"):
         return "HTTP/1.1"
     if head.startswith(b"HTTP/"):
         return "HTTP/1.1"
@@ -953,7 +957,9 @@ cdef class WireConnection:
             )  # fmt: skip
         if self.writer_blocked:
             if self.blocked >= self.channel_buffer:
-                raise self.overloaded(self.blocked, f"{self.peer} does not read; {self.blocked} requests wait for its connection's writer")
+                raise self.overloaded(
+                    self.blocked, f"{self.peer} does not read; {self.blocked} requests wait for its connection's writer"
+                )
             self.blocked += 1
         if self.send_credit <= 0 or self.pending or (self.free_len == 0 and self.live >= self.max_streams):
             if len(self.pending) >= self.channel_buffer:
@@ -995,8 +1001,8 @@ cdef class WireConnection:
             self.live_since = now
             self.ping_at = now + self.keepalive_interval
         if type(data) is bytes:
-            self.put_request(stream, number, name, <const unsigned char *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), data, kind,
-                             meta, timeout_ms)
+            self.put_request(stream, number, name, <const unsigned char *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), data,
+                             kind, meta, timeout_ms)
         else:
             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
             try:
@@ -1069,7 +1075,7 @@ cdef class WireConnection:
         return True
 
     cdef bint may_send(self, StreamBase stream) except -1:
-        """(server) May the stream send an item now? If not, its ``on_credit`` or ``on_sent`` is called when it is worth trying again."""
+        """(server) May the stream send an item now? If not, ``on_credit`` or ``on_sent`` is called when it may try again."""
         if stream.state & S_SENDING or stream.send_credit <= 0:
             return False
         if self.send_credit <= 0:
@@ -1305,10 +1311,11 @@ cdef class EventStream(StreamBase):
 cdef class EventConnection(WireConnection):
     """The state machine with a Python face, for tests and tools.
 
-    ``receive(data)`` returns events, ``output()`` the bytes to send. Events: ``("hello", dict)``, ``("request", stream_id, endpoint,
-    payload, kind, meta, timeout_ms)``, ``("item", stream_id, bytes, kind, last)``, ``("end", id)``, ``("error", id, code, body)``,
-    ``("accept", id)``, ``("cancel", id, kind)``, ``("credit", id)``, ``("sent", id)``, ``("timer", id, now)``, ``("goaway", code,
-    last_seq, text)``, ``("pong", a, b)``. Bytes that break the protocol raise `ProtocolError` or `PlaneMismatch`.
+    ``receive(data)`` returns events, ``output()`` the bytes to send. Events: ``("hello", dict)``,
+    ``("request", stream_id, endpoint, payload, kind, meta, timeout_ms)``, ``("item", stream_id, bytes, kind, last)``,
+    ``("end", id)``, ``("error", id, code, body)``, ``("accept", id)``, ``("cancel", id, kind)``, ``("credit", id)``,
+    ``("sent", id)``, ``("timer", id, now)``, ``("goaway", code, last_seq, text)``, ``("pong", a, b)``.
+    Bytes that break the protocol raise `ProtocolError` or `PlaneMismatch`.
     """
 
     cdef readonly list events

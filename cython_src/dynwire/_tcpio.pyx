@@ -1,8 +1,8 @@
 """Drivers of the native wire over sockets: the asyncio side. Bytes move here; every protocol rule is in `dynwire._frames`.
 
-A connection reads its socket in the loop's thread straight into the codec's memory (``add_reader`` and ``recv``), lets the codec call
-back for everything that is complete, and writes what was queued in the meantime at the end of the callback. No thread, no task and no
-Python object per frame. docs/performance.md has the measurements behind this shape.
+A connection reads its socket in the loop's thread straight into the codec's memory (``add_reader`` and ``recv``), lets the
+codec call back for everything that is complete, and writes what was queued in the meantime at the end of the callback. No
+thread, no task and no Python object per frame. docs/performance.md has the measurements behind this shape.
 """
 
 include "_tcpio_libc.pxi"

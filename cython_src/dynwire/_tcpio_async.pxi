@@ -92,7 +92,8 @@ cdef class AsyncConnection(WireConnection):
                     continue
                 elif errno != EAGAIN:
                     self.lost(PeerLost(
-                        f"the connection to {self.peer} broke while receiving: {read_error_text(errno)}", peer=self.peer, sent="maybe"
+                        f"the connection to {self.peer} broke while receiving: {read_error_text(errno)}",
+                        peer=self.peer, sent="maybe",
                     ))  # fmt: skip
                 break
         except DynwireError as error:
@@ -366,7 +367,8 @@ cdef class AsyncClientConnection(AsyncConnection):
     cdef int on_request_sent(self, StreamBase stream) except -1:
         return name_request(self, <Waiter>stream)
 
-    cdef int start_call(self, Waiter call, ChannelBase channel, object data, int kind, bytes meta, str endpoint, double now) except -1:
+    cdef int start_call(self, Waiter call, ChannelBase channel, object data, int kind, bytes meta, str endpoint,
+                        double now) except -1:
         self.submit(call, endpoint, data, kind, meta, call.total_deadline, min(call.total_deadline, call.phase_deadline), now)
         call.channel = channel
         channel.in_flight += 1

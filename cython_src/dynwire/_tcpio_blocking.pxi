@@ -95,7 +95,7 @@ cdef class BlockingConnection(WireConnection):
         self.last_rx = dw_now()
 
     def handshake(self, *, str software, bytes connection_id, token, double accept_timeout, double timeout):
-        """Exchange HELLO within ``timeout`` seconds. Raises what ended the connection instead; `TimeoutError` when nothing came."""
+        """Exchange HELLO within ``timeout`` seconds. Raises what ended the connection, `TimeoutError` when nothing came."""
         cdef double deadline = dw_now() + timeout
         cdef double left
         self.start(software=software, connection_id=connection_id, token=token,
@@ -158,7 +158,8 @@ cdef class BlockingConnection(WireConnection):
                         continue
                     if code != EAGAIN:
                         return self.lost(PeerLost(
-                            f"the connection to {self.peer} broke while sending: {read_error_text(code)}", peer=self.peer, sent="maybe"
+                            f"the connection to {self.peer} broke while sending: {read_error_text(code)}",
+                            peer=self.peer, sent="maybe",
                         ))  # fmt: skip
                 self.writer_blocked = True
                 self.wait_writable()
@@ -547,7 +548,9 @@ cdef class BlockingTcpChannel(ChannelBase):
             call.context = context
             context._canceller = call._cancel_request
         try:
-            conn.submit(call, self.endpoint, data, kind, meta, call.total_deadline, min(call.total_deadline, call.phase_deadline), now)
+            conn.submit(
+                call, self.endpoint, data, kind, meta, call.total_deadline, min(call.total_deadline, call.phase_deadline), now
+            )
         except BaseException:
             if context is not None:
                 context._canceller = None

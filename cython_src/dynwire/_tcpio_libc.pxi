@@ -166,7 +166,6 @@ cdef class RequestOptions:
         self.keepalive_timeout = keepalive_timeout
         self.spin_s = spin_us * 1e-6
 
-
     cdef apply(self, WireConnection conn):
         conn.channel_buffer = self.channel_buffer
         conn.keepalive_interval = self.keepalive_interval
@@ -187,8 +186,8 @@ cdef bytes make_meta(Context context, dict headers):
     packed = _pack_headers(out)
     if len(packed) > META_LIMIT:
         raise MessageTooLarge(
-            f"headers of {len(packed)} bytes exceed the limit of {META_LIMIT} bytes per request", size=len(packed), limit=META_LIMIT,
-            setting="(fixed by the wire)",
+            f"headers of {len(packed)} bytes exceed the limit of {META_LIMIT} bytes per request",
+            size=len(packed), limit=META_LIMIT, setting="(fixed by the wire)",
         )  # fmt: skip
     return packed
 
@@ -228,7 +227,9 @@ cdef int set_limits(Waiter call, RequestOptions options, object timeouts, Contex
         else:
             raise ConfigError(f"timeout is a number of seconds or a Timeouts, got {timeouts!r}", name="timeout", value=timeouts)
         if not (total > 0 and accept > 0 and first_item > 0 and between_items > 0):
-            raise DeadlineExceeded(f"the timeout of {total:.3g} s had passed before the request was sent", timeout=total, sent="no")
+            raise DeadlineExceeded(
+                f"the timeout of {total:.3g} s had passed before the request was sent", timeout=total, sent="no"
+            )
     call.total_timeout = total
     deadline = now + total
     if context is None:

@@ -123,7 +123,9 @@ class FaultProxy:
     ``to_server`` and ``to_client`` hold for every connection; ``plan`` is asked for each one by its number, from 0, instead.
     """
 
-    def __init__(self, target: str, *, to_server: Faults | None = None, to_client: Faults | None = None, plan: Plan | None = None):
+    def __init__(
+        self, target: str, *, to_server: Faults | None = None, to_client: Faults | None = None, plan: Plan | None = None
+    ):
         host, _, port = target.rpartition(":")
         self.host, self.port = host.strip("[]"), int(port)
         both = (to_server or Faults(), to_client or Faults())
@@ -232,4 +234,3 @@ def running_proxy(
     finally:
         stop[0]()
         thread.join()
-

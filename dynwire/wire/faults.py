@@ -1,6 +1,7 @@
 """Errors on the wire: the body of an ERROR frame, and errors of one request made from those of a connection.
 
-The body is a msgpack map: ``c`` code, ``m`` message, ``s`` sent, ``r`` retryable, ``p`` phase, ``f`` fields of the class, ``d`` details.
+The body is a msgpack map: ``c`` code, ``m`` message, ``s`` sent, ``r`` retryable, ``p`` phase, ``f`` fields of the class,
+``d`` details.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def error_from_body(body: bytes, *, peer: str | None, request_id: str | None, de
     try:
         parts = _decoder.decode(body)
     except msgspec.MsgspecError as error:
-        problem = ProtocolError(f"{peer} sent an ERROR frame that does not decode: {error}", peer=peer, sent="maybe", request_id=request_id)
+        text = f"{peer} sent an ERROR frame that does not decode: {error}"
+        problem = ProtocolError(text, peer=peer, sent="maybe", request_id=request_id)
         problem.__cause__ = error
         return problem
     cls = BY_CODE.get(parts.c, RemoteError)

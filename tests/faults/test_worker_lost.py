@@ -129,23 +129,70 @@ async def test_stopped_until_the_deadline(managers: Managers, start_worker: Star
         await continues(worker, client)
 
 
-async def test_a_stopped_worker_and_a_full_socket(managers: Managers, start_worker: StartWorker) -> None:
-    """Half a payload is in the socket and the rest waits: calls after it keep their deadlines too."""
+BURST_BLOCKING = (
+    "BlockingPool.acquire raises ConnectError when all DYN_TCP_POOL_SIZE connections are still being opened, which also sets a "
+    "healthy worker aside: of 100 threads with the default pool of 50, many fail"
+)
+CONNECT_BLOCKING = (
+    "BlockingTcpChannel.start passes only Timeouts.connect to pool.acquire: a blocking call with timeout=0.7 spends the whole "
+    "DYN_TCP_CONNECT_TIMEOUT (3 s) connecting, and twice that if connect and handshake are both slow"
+)
+FULL_ASYNC = (
+    "a call started while the socket is full arms no timer: AsyncConnection.wrote() schedules nothing when writer_blocked, and "
+    "start_call leaves set_timer() to the flush; it ends with the next keepalive timer (10 s), not at its deadline"
+)
+FULL_BLOCKING = (
+    "BlockingConnection.write_out looks at call.outcome, which stays PENDING for a stream whose deadline has passed (settled() "
+    "is the right question), and at nothing with write_out(None): opening or closing a stream waits for the keepalive (20 s)"
+)
+
+
+@pytest.mark.parametrize("second", ["call", "large_call", "stream"])
+async def test_a_stopped_worker_and_a_full_socket(
+    managers: Managers, start_worker: StartWorker, face: str, second: str, request: pytest.FixtureRequest
+) -> None:
+    """Half a payload is in the socket and the rest waits: what is called after it keeps its deadline too."""
+    if face != "blocking":
+        request.applymarker(pytest.mark.xfail(strict=True, reason=FULL_ASYNC))
+    elif second == "stream":
+        request.applymarker(pytest.mark.xfail(strict=True, reason=FULL_BLOCKING))
     worker = start_worker()
     async with managers(tcp_pool_size=1) as manager:
         client = await manager.client("f.w.echo")
         await client.call(0)
         worker.signal(signal.SIGSTOP)
-        for payload in (b"x" * 16_000_000, 1, b"x" * 16_000_000, 2):
-            error, seconds = await fails(client.call(payload, timeout=0.7), DeadlineExceeded)
-            in_time(seconds, 0.7)
-        error, seconds = await fails(client.items(2, timeout=0.7), DeadlineExceeded)
+        error, seconds = await fails(client.call(b"x" * 16_000_000, timeout=0.7), DeadlineExceeded)
+        in_time(seconds, 0.7)
+        made = {
+            "call": lambda: client.call(1, timeout=0.7),
+            "large_call": lambda: client.call(b"x" * 16_000_000, timeout=0.7),
+            "stream": lambda: client.items(1, timeout=0.7),
+        }[second]
+        error, seconds = await fails(made(), DeadlineExceeded)
         in_time(seconds, 0.7)
         await continues(worker, client)
 
 
-async def test_connecting_to_a_stopped_worker(managers: Managers, start_worker: StartWorker) -> None:
+async def test_closing_a_stream_of_a_stopped_worker(managers: Managers, start_worker: StartWorker) -> None:
+    """Giving up never waits for the peer."""
+    worker = start_worker()
+    async with managers(tcp_pool_size=1) as manager:
+        echo, streams = await manager.client("f.w.echo"), await manager.client("f.w.some_then_wait")
+        async with streams.stream(1) as stream:
+            assert await stream.next() == 0
+            worker.signal(signal.SIGSTOP)
+            await fails(echo.call(b"x" * 16_000_000, timeout=0.3), DeadlineExceeded)
+            started = time.monotonic()
+        in_time(time.monotonic() - started, 0.0)
+        await continues(worker, echo)
+
+
+async def test_connecting_to_a_stopped_worker(
+    managers: Managers, start_worker: StartWorker, face: str, request: pytest.FixtureRequest
+) -> None:
     """The kernel accepts the connection, nobody answers: the deadline of the call holds for connecting as well."""
+    if face == "blocking":
+        request.applymarker(pytest.mark.xfail(strict=True, reason=CONNECT_BLOCKING))
     worker = start_worker()
     async with managers() as manager:
         client = await manager.client("f.w.echo")
@@ -156,6 +203,11 @@ async def test_connecting_to_a_stopped_worker(managers: Managers, start_worker: 
         await continues(worker, client)
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="runtime.attempts gives up with NoInstances at once while the only instance is set aside for 0.1 to 0.2 s, however "
+    "much time the call has: last_error is None, so course.pause returns None",
+)
 async def test_the_call_after_a_failure_waits_for_the_only_instance(managers: Managers, start_worker: StartWorker) -> None:
     """It is set aside for a moment; a call with seconds left does not fail because of that."""
     worker = start_worker()
@@ -168,16 +220,21 @@ async def test_the_call_after_a_failure_waits_for_the_only_instance(managers: Ma
         assert await client.call(2, timeout=5.0) == 2
 
 
-async def test_stopped_until_the_accept_timeout(managers: Managers, start_worker: StartWorker) -> None:
+@pytest.mark.parametrize("kind", ["call", "stream", "large"])
+async def test_stopped_until_the_accept_timeout(managers: Managers, start_worker: StartWorker, kind: str) -> None:
     worker = start_worker()
     async with managers(tcp_request_timeout=0.5, tcp_pool_size=1) as manager:
         client = await manager.client("f.w.echo")
         await client.call(0)
         worker.signal(signal.SIGSTOP)
-        for call in (lambda: client.call(1), lambda: client.items(1), lambda: client.call(b"x" * 16_000_000)):
-            error, seconds = await fails(call(), DeadlineExceeded)
-            in_time(seconds, 0.5)
-            assert (error.phase, error.sent, error.timeout) == ("accept", "maybe", 0.5)
+        made = {
+            "call": lambda: client.call(1),
+            "stream": lambda: client.items(1),
+            "large": lambda: client.call(b"x" * 16_000_000),
+        }[kind]
+        error, seconds = await fails(made(), DeadlineExceeded)
+        in_time(seconds, 0.5)
+        assert (error.phase, error.sent, error.timeout) == ("accept", "maybe", 0.5)
         await continues(worker, client)
 
 
@@ -216,12 +273,24 @@ async def test_stopped_between_items(managers: Managers, start_worker: StartWork
         await continues(worker, echo)
 
 
+async def test_a_burst_of_first_calls(
+    managers: Managers, start_worker: StartWorker, face: str, request: pytest.FixtureRequest
+) -> None:
+    """More callers than the pool has connections, before any of them is open."""
+    if face == "blocking":
+        request.applymarker(pytest.mark.xfail(strict=True, reason=BURST_BLOCKING))
+    start_worker()
+    async with managers(tcp_pool_size=2) as manager:
+        client = await manager.client("f.w.echo")
+        assert await asyncio.gather(*(client.call(i) for i in range(32))) == list(range(32))
+
+
 async def test_many_calls_to_a_stopped_worker(managers: Managers, start_worker: StartWorker) -> None:
     """Threads share connections and one reads for the others: each still keeps its own deadline."""
     worker = start_worker()
     async with managers(tcp_pool_size=2) as manager:
         client = await manager.client("f.w.echo")
-        await asyncio.gather(*(client.call(i) for i in range(16)))
+        await client.call(0)
         worker.signal(signal.SIGSTOP)
         ends = await asyncio.gather(*(fails(client.call(i, timeout=0.3 + i * 0.05), DeadlineExceeded) for i in range(16)))
         for i, (error, seconds) in enumerate(ends):

@@ -6,9 +6,10 @@ import random
 from collections.abc import Callable
 
 import pytest
-from dynwire._frames import EventConnection
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dynwire._frames import EventConnection
 
 from . import oracle as o
 from . import pair
@@ -175,7 +176,7 @@ def dialogue(rng: random.Random) -> tuple[list[o.Frame], list[o.Frame]]:
         while any(lists):
             out.append(rng.choice([q for q in lists if q]).pop(0))
             if rng.random() < 0.1:
-                out.append(o.Frame(o.PONG, 0, 0, rng.getrandbits(32), rng.getrandbits(32)))
+                out.append(o.Frame(o.PONG, 0, 0, rng.getrandbits(31), rng.getrandbits(32)))
             if rng.random() < 0.05:
                 out.append(o.Frame(rng.randint(128, 255), 1, 2, 3, 4, b"new"))
     return to_server, to_client

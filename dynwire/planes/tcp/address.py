@@ -19,7 +19,8 @@ def split_address(address: str) -> tuple[str, int]:
     """``host:port`` or ``[v6]:port`` to its parts; raises `ConfigError`."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit() or not 0 <= int(port) < 65536:
-        raise ConfigError(f"{address!r} is not an address: expected host:port", name="address", value=address, allowed="host:port")
+        text = f"{address!r} is not an address: expected host:port"
+        raise ConfigError(text, name="address", value=address, allowed="host:port")
     return host.strip("[]"), int(port)
 
 
@@ -76,7 +77,8 @@ def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
         family, _, _, _, sockaddr = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except socket.gaierror as error:
         raise BindError(
-            f"cannot listen on {where}: the host does not resolve ({error.strerror}); set DYN_TCP_RPC_HOST to an address of this host",
+            f"cannot listen on {where}: the host does not resolve ({error.strerror}); set DYN_TCP_RPC_HOST to an address of "
+            "this host",
             address=where,
         ) from error
     sock = socket.socket(family, socket.SOCK_STREAM)
