@@ -33,6 +33,7 @@ from ._frames cimport (
     S_ENDED,
     S_PENDING,
     S_SENDING,
+    S_STOP_EARLY,
     S_WRITTEN,
     T_ACCEPT,
     StreamBase,
@@ -823,6 +824,8 @@ cdef class HandlerTask(StreamBase):
             except DecodeError as error:
                 error.phase = "decode"
                 return self.finish_error(error, True)
+        if self.state & S_STOP_EARLY:
+            context.set_cancelled(CTX_STOPPED)
         self.pycontext = PyContext_Copy(base_context)
         PyContext_Enter(self.pycontext)
         try:

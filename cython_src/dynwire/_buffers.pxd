@@ -34,6 +34,7 @@ cdef class Payload:
     cdef Py_ssize_t exports
     cdef object owner                    # None (inline), bytes or Block
     cdef bint released
+    cdef bint filled
     cdef int _check(self) except -1
     cdef unsigned char inline_[INLINE_BYTES]
 

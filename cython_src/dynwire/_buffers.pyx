@@ -109,6 +109,8 @@ cdef class BufferPool:
         """
         if size < 0:
             raise ValueError(f"size must not be negative, got {size}")
+        if size >> 48:
+            raise MemoryError(f"no size class for a block of {size} bytes")
         return self.take(size)
 
     def trim(self):
@@ -171,6 +173,9 @@ cdef class Payload:
 
     def __init__(self, data=b""):
         cdef Py_buffer view
+        if self.filled:
+            raise TypeError("a payload cannot be filled again")
+        self.filled = True
         if type(data) is bytes:
             if PyBytes_GET_SIZE(data) > INLINE_BYTES:
                 self.owner = data
@@ -273,6 +278,7 @@ cdef int _fill(Payload payload, const unsigned char *data, Py_ssize_t size) exce
         payload.owner = block
         payload.data = block.data
     payload.size = size
+    payload.filled = True
     return 0
 
 
@@ -289,6 +295,7 @@ cdef Payload payload_of_block(Block block, Py_ssize_t size):
     payload.owner = block
     payload.data = block.data
     payload.size = size
+    payload.filled = True
     return payload
 
 

@@ -77,6 +77,7 @@ cdef enum:
     S_ACCEPTED = 16
     S_PENDING = 32               # (client) not yet written: waits for the connection's writer, a slot or credit
     S_WRITTEN = 64
+    S_STOP_EARLY = 128           # (server) the caller asked to stop before its request had arrived completely
 
 cdef uint32_t CONNECTION_WINDOW_ID
 
@@ -104,6 +105,7 @@ cdef class StreamBase:
     cdef int on_error(self, int code, bytes body) except -1
     cdef int on_accept(self) except -1
     cdef int on_cancel(self, int kind) except -1
+    cdef int on_stop_early(self) except -1
     cdef int on_credit(self) except -1
     cdef int on_sent(self) except -1
     cdef int on_timer(self, double now) except -1
@@ -171,12 +173,12 @@ cdef class WireConnection:
     cdef int64_t recv_credit
     cdef int64_t refund
     # streams
-    cdef void **slots
-    cdef uint32_t slots_len
+    cdef list slots                           # stream number -> stream or None
     cdef uint32_t *free_slots
     cdef uint32_t free_len
     cdef readonly uint32_t live               # streams in slots
     cdef uint32_t seq
+    cdef uint32_t goaway_seq                  # (server) last request taken before GOAWAY
     cdef double min_timer
     cdef list interned                        # (server) endpoint number -> target
     cdef uint16_t next_endpoint

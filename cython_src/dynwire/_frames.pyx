@@ -17,8 +17,8 @@ import collections
 import msgspec
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
-from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.math cimport INFINITY
+from libc.stdint cimport int32_t
 from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove
 
@@ -82,7 +82,7 @@ _HTTP_VERBS = (b"GET", b"POST", b"PUT", b"HEAD", b"DELETE", b"OPTIONS", b"PATCH"
 
 
 def describe_foreign(bytes head):
-    """What protocol the first bytes of a connection look like: ``(name, is_text)``."""
+    """Name of the protocol that the first bytes of a connection look like."""
     if head[:1] == b"\x16" and head[1:2] in (b"", b"\x03"):
         return "TLS"
     if head.startswith(b"PRI * HTTP/2"):
@@ -124,6 +124,9 @@ cdef class StreamBase:
     cdef int on_cancel(self, int kind) except -1:
         return 0
 
+    cdef int on_stop_early(self) except -1:
+        return 0
+
     cdef int on_credit(self) except -1:
         return 0
 
@@ -158,6 +161,7 @@ cdef class WireConnection:
         self.waiting_credit = collections.deque()
         self.waiting_writer = collections.deque()
         self.interned = []
+        self.slots = []
         self.to_wake = []
         self.pending = collections.deque()
         self.endpoint_numbers = {}
@@ -177,12 +181,6 @@ cdef class WireConnection:
         self.recv_credit = connection_window
 
     def __dealloc__(self):
-        cdef uint32_t i
-        if self.slots is not NULL:
-            for i in range(self.slots_len):
-                if self.slots[i] is not NULL:
-                    Py_DECREF(<object>self.slots[i])
-            free(self.slots)
         free(self.free_slots)
         free(self.rbuf)
         free(self.obuf)
@@ -294,6 +292,8 @@ cdef class WireConnection:
             length = dw_ld32(p)
             type_ = p[4]
             if type_ == T_CONT:
+                if not self.ready:
+                    self.fail("a CONT frame before HELLO")
                 self.rpos += HEADER_BYTES
                 self.rx_frames += 1
                 if length == 0 or length > FRAME_LIMIT:
@@ -461,7 +461,11 @@ cdef class WireConnection:
                 self.fail(f"a {FRAME_TYPES[type_]} frame from a client")
             stream = self.get_slot(sid)
             if stream is None:
+                if self.draining:
+                    return 0  # a refusal of a request that crossed the GOAWAY, which had told as much
                 self.fail(f"{FRAME_TYPES[type_]} on stream {sid}, which is not open")
+            if type_ == T_END and stream.state & S_ASSEMBLING and not stream.state & S_ZOMBIE:
+                self.fail(f"END on stream {sid} within an item of {stream.in_total} bytes")
             if type_ == T_ACCEPT:
                 stream.state |= S_ACCEPTED
                 if not stream.state & S_ZOMBIE:
@@ -489,6 +493,9 @@ cdef class WireConnection:
             if stream is None:
                 return 0  # it had ended when this was on its way
             if stream.state & S_ASSEMBLING:
+                if kind == 1:
+                    stream.state |= S_STOP_EARLY
+                    return stream.on_stop_early()
                 if kind == 2:
                     self._assembly_over(stream)
                     stream.in_target = None
@@ -502,7 +509,8 @@ cdef class WireConnection:
             return self.wrote()
         if type_ == T_PONG:
             if sid & _MARK:
-                self.large_acked = (<uint64_t>(sid & ~_MARK) << 32) | arg
+                # Answers can come late, when more was already counted as read.
+                self.large_acked = max(self.large_acked, (<uint64_t>(sid & ~_MARK) << 32) | arg)
                 return self.wrote()
             return self.on_pong(sid, arg)
         if type_ == T_GOAWAY:
@@ -517,7 +525,7 @@ cdef class WireConnection:
             self.fail(f"a HELLO of {length} bytes (allowed: {HELLO_LIMIT})")
         try:
             hello = _hello_decoder.decode(PyBytes_FromStringAndSize(<char *>body, length))
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, ValueError, RecursionError) as error:
             raise ProtocolError(
                 f"{self.peer or 'the peer'} sent a HELLO that does not decode: {error}", peer=self.peer, offset=self.rx_bytes
             ) from error
@@ -545,8 +553,9 @@ cdef class WireConnection:
         """The payload of ``total`` bytes follows in CONT frames."""
         if total > self.max_message:
             self.fail(f"a payload of {total} bytes; this side announced a limit of {self.max_message}")
-        if total == 0:
-            self.fail("an announcement of an empty payload")
+        if total < FRAGMENT_FROM:
+            # Such a payload has no reason to be fragmented, and each takes a block of at least that size from the pool.
+            self.fail(f"an announcement of {total} bytes, fewer than {FRAGMENT_FROM}" if total else "an announcement of an empty payload")
         stream.in_total = total
         stream.in_have = 0
         stream.in_flags = flags
@@ -597,7 +606,7 @@ cdef class WireConnection:
             self.fail("a REQUEST of kind 3")
         if sid >= self.max_streams:
             self.fail(f"stream {sid}; this side announced at most {self.max_streams} streams")
-        if sid < self.slots_len and self.slots[sid] is not NULL:
+        if self.get_slot(sid) is not None:
             self.fail(f"a REQUEST on stream {sid}, which is in use")
         if self.recv_credit <= 0:
             self.fail("a REQUEST beyond the granted credit")
@@ -776,6 +785,7 @@ cdef class WireConnection:
     cdef int put_goaway(self, int code, str text) except -1:
         cdef bytes body = text.encode("utf-8", "replace")[:1024]
         self.draining = True
+        self.goaway_seq = self.seq
         return self.put_frame(T_GOAWAY, 0, <uint16_t>code, 0, self.seq, <const unsigned char *>PyBytes_AS_STRING(body),
                               PyBytes_GET_SIZE(body))
 
@@ -1033,22 +1043,22 @@ cdef class WireConnection:
 
     cdef int refuse_after(self, uint32_t last_seq, object error) except -1:
         """The server has said that it takes no request after ``last_seq``: those can be repeated elsewhere."""
-        cdef uint32_t i
         cdef StreamBase stream
-        for i in range(self.slots_len):
-            if self.slots[i] is not NULL:
-                stream = <StreamBase>self.slots[i]
-                if stream.seq > last_seq:
-                    zombie = stream.state & S_ZOMBIE
-                    stream.state = (stream.state & ~S_WRITTEN) | S_ENDED
-                    self.drop_large(stream)
-                    self.free_slot(stream)
-                    if not zombie:
-                        stream.on_lost(error)
+        # Aside first: a freed slot would send them to the server that is leaving.
         waiting, self.pending = self.pending, collections.deque()
+        for stream in list(self.slots):
+            # Serial arithmetic: sequence numbers wrap after 2^32 requests.
+            if stream is not None and <int32_t>(stream.seq - last_seq) > 0:
+                zombie = stream.state & S_ZOMBIE
+                stream.state = (stream.state & ~S_WRITTEN) | S_ENDED
+                self.drop_large(stream)
+                self.free_slot(stream)
+                if not zombie:
+                    stream.on_lost(error)
         for entry in waiting:
             stream = entry[0]
             stream.state &= ~S_PENDING
+            stream.conn = None
             stream.on_lost(error)
         return 0
 
@@ -1112,50 +1122,41 @@ cdef class WireConnection:
 
     cdef int put_slot(self, StreamBase stream, uint32_t sid) except -1:
         cdef uint32_t cap
-        cdef void **slots
         cdef uint32_t *free_slots
-        if sid >= self.slots_len:
-            cap = max(self.slots_len * 2, <uint32_t>16)
+        if sid >= <uint32_t>len(self.slots):
+            cap = max(<uint32_t>len(self.slots) * 2, <uint32_t>16)
             while cap <= sid:
                 cap *= 2
-            slots = <void **>realloc(self.slots, cap * sizeof(void *))
-            if slots is NULL:
-                raise MemoryError()
-            self.slots = slots
             free_slots = <uint32_t *>realloc(self.free_slots, cap * sizeof(uint32_t))
             if free_slots is NULL:
                 raise MemoryError()
             self.free_slots = free_slots
-            while self.slots_len < cap:
-                self.slots[self.slots_len] = NULL
-                self.slots_len += 1
-        Py_INCREF(stream)
-        self.slots[sid] = <void *>stream
+            self.slots.extend([None] * (cap - len(self.slots)))
+        self.slots[sid] = stream
         stream.sid = sid
         stream.conn = self
         self.live += 1
         return 0
 
     cdef StreamBase get_slot(self, uint32_t sid):
-        if sid < self.slots_len and self.slots[sid] is not NULL:
+        if sid < <uint32_t>len(self.slots):
             return <StreamBase>self.slots[sid]
         return None
 
     cdef int free_slot(self, StreamBase stream) except -1:
         """The stream's number may be used again."""
         cdef uint32_t sid = stream.sid
-        if sid >= self.slots_len or self.slots[sid] != <void *>stream:
+        if sid >= <uint32_t>len(self.slots) or self.slots[sid] is not stream:
             return 0
         if stream.state & S_ASSEMBLING:
             self._assembly_over(stream)
-        self.slots[sid] = NULL
+        self.slots[sid] = None
         self.live -= 1
         if self.is_client:
             self.free_slots[self.free_len] = sid
             self.free_len += 1
         stream.conn = None
         stream.timer = INFINITY
-        Py_DECREF(stream)
         if self.is_client:
             self.on_slot_free()
         return 0
@@ -1186,9 +1187,9 @@ cdef class WireConnection:
         self.now = now
         if self.live:
             self.min_timer = INFINITY  # a timer armed in a callback counts too
-            for i in range(self.slots_len):
-                if self.slots[i] is not NULL:
-                    stream = <StreamBase>self.slots[i]
+            for i in range(<uint32_t>len(self.slots)):
+                stream = <StreamBase>self.slots[i]
+                if stream is not None:
                     if stream.timer <= now:
                         stream.on_timer(now)
                     if stream.timer < next_timer:
@@ -1208,11 +1209,10 @@ cdef class WireConnection:
         cdef list out = []
         cdef uint32_t i
         cdef StreamBase stream
-        for i in range(self.slots_len):
-            if self.slots[i] is not NULL:
-                stream = <StreamBase>self.slots[i]
-                self.slots[i] = NULL
-                Py_DECREF(stream)
+        for i in range(<uint32_t>len(self.slots)):
+            stream = <StreamBase>self.slots[i]
+            if stream is not None:
+                self.slots[i] = None
                 if stream.mark >= self.tx_frames_bytes:
                     stream.state &= ~S_WRITTEN  # still in our buffer: the peer has seen nothing of it
                 stream.conn = None
@@ -1278,6 +1278,10 @@ cdef class EventStream(StreamBase):
 
     cdef int on_cancel(self, int kind) except -1:
         (<EventConnection>self.owner).events.append(("cancel", self.sid, kind))
+        return 0
+
+    cdef int on_stop_early(self) except -1:
+        (<EventConnection>self.owner).events.append(("cancel", self.sid, 1))
         return 0
 
     cdef int on_credit(self) except -1:
@@ -1416,13 +1420,19 @@ cdef class EventConnection(WireConnection):
         self.put_request(stream, self.names[endpoint], name, &view[0], len(payload), payload, kind, meta, timeout_ms)
         return stream.sid
 
+    def _open_stream(self, uint32_t sid):
+        stream = self.get_slot(sid)
+        if stream is None:
+            raise KeyError(f"stream {sid} is not open")
+        return stream
+
     def stream(self, uint32_t sid):
         """The open stream with that id, or None."""
         return self.get_slot(sid)
 
     def send_item(self, uint32_t sid, payload, *, int kind=0, bint last=False):
         """(server) Send an item; returns False when credit is missing or a large item is still leaving."""
-        cdef StreamBase stream = self.get_slot(sid)
+        cdef StreamBase stream = self._open_stream(sid)
         cdef const unsigned char[::1] view = payload if len(payload) else b"\0"
         if self.send_credit <= 0 or stream.send_credit <= 0 or stream.state & S_SENDING:
             return False
@@ -1432,12 +1442,12 @@ cdef class EventConnection(WireConnection):
         return True
 
     def send_end(self, uint32_t sid):
-        cdef StreamBase stream = self.get_slot(sid)
+        cdef StreamBase stream = self._open_stream(sid)
         self.put_end(stream)
         self.request_done(stream)
 
     def send_error(self, uint32_t sid, int code, bytes body):
-        cdef StreamBase stream = self.get_slot(sid)
+        cdef StreamBase stream = self._open_stream(sid)
         self.put_error(stream, code, body)
         self.request_done(stream)
 
@@ -1452,11 +1462,11 @@ cdef class EventConnection(WireConnection):
 
     def finish(self, uint32_t sid):
         """(server) Free a stream whose last, large item has left (after its ``sent`` event)."""
-        self.request_done(self.get_slot(sid))
+        self.request_done(self._open_stream(sid))
 
     def cancel(self, uint32_t sid, int kind):
         """(client) 1: ask to stop, 2: kill and forget."""
-        cdef StreamBase stream = self.get_slot(sid)
+        cdef StreamBase stream = self._open_stream(sid)
         if kind == 2:
             self.abandon(stream, kind)
         else:
@@ -1464,10 +1474,10 @@ cdef class EventConnection(WireConnection):
 
     def take(self, sid, int64_t cost):
         """(client) The application has taken items of this cost (payload + overhead each)."""
-        self.consumed(None if sid is None else self.get_slot(sid), cost)
+        self.consumed(None if sid is None else self._open_stream(sid), cost)
 
     def set_timer(self, uint32_t sid, double when):
-        self.arm(self.get_slot(sid), when)
+        self.arm(self._open_stream(sid), when)
 
     def on_time(self, double now):
         """Let timers fire; returns the events. ``next_timer`` is when to call again."""

@@ -512,6 +512,9 @@ cdef class AsyncServerConnection(AsyncConnection):
     cdef int on_request(self, StreamBase stream, object target, object payload, int kind, bytes meta, uint32_t ms) except -1:
         cdef HandlerTask task = <HandlerTask>stream
         cdef EndpointEntry entry
+        if self.draining and <int32_t>(stream.seq - self.goaway_seq) > 0:
+            # It crossed our GOAWAY: the caller knows that it was not taken, and has closed the stream.
+            return self.request_done(stream)
         if type(target) is not EndpointEntry or (<EndpointEntry>target).removed:
             name = target if type(target) is str else (<EndpointEntry>target).name
             fresh = self.entries.get(name)
@@ -586,12 +589,11 @@ cdef class AsyncServerConnection(AsyncConnection):
 
     def tasks(self, entry=None):
         """Handlers that run for this connection, of one endpoint or all."""
-        cdef uint32_t i
         cdef HandlerTask task
         out = []
-        for i in range(self.slots_len):
-            if self.slots[i] is not NULL and type(<object>self.slots[i]) is HandlerTask:
-                task = <HandlerTask>self.slots[i]
+        for stream in self.slots:
+            if type(stream) is HandlerTask:
+                task = stream
                 if task.entry is not None and (entry is None or task.entry is entry):
                     out.append(task)
         return out

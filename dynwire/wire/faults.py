@@ -14,7 +14,8 @@ import msgspec
 
 from ..errors import BY_CODE, DynwireError, ProtocolError, RemoteError, Sent
 
-_MESSAGE_LIMIT = 8192  # characters of one message: an error must fit into one frame
+_MESSAGE_LIMIT = 8192  # bytes of one message …
+_DETAILS_LIMIT = 49152  # … and of the details: an error must fit into one frame, of less than 98,900 bytes
 _encode = msgspec.msgpack.Encoder().encode
 
 
@@ -33,27 +34,60 @@ _decoder = msgspec.msgpack.Decoder(_Body)
 
 def error_body(error: DynwireError) -> bytes:
     """The ERROR body for what the server itself decided: the same typed error arises at the caller."""
-    fields = {name: _plain(getattr(error, name)) for name in error.own_fields}
-    body = _Body(
-        error.code, str(error)[:_MESSAGE_LIMIT], error.sent, error.retryable, error.phase, fields, _plain_dict(error.details)
-    )
-    return bytes(_encode(body))
+    fields = {name: getattr(error, name) for name in error.own_fields}
+    return _pack(error.code, str(error), error.sent, error.retryable, error.phase, fields, error.details)
 
 
 def handler_error_body(error: BaseException, *, with_traceback: bool = False) -> bytes:
     """The ERROR body for what a handler raised: `RemoteError` at the caller, whatever it was."""
     details: dict[str, Any] = {}
     if with_traceback:
-        details["traceback"] = "".join(traceback.format_exception(error))[-4 * _MESSAGE_LIMIT :]
-    fields = {"type_name": type(error).__name__}
-    return bytes(_encode(_Body("remote_error", str(error)[:_MESSAGE_LIMIT], "yes", False, "handler", fields, details)))
+        details["traceback"] = _cut("".join(traceback.format_exception(error)), _DETAILS_LIMIT // 2, tail=True)
+    try:
+        text = str(error)
+    except Exception as broken:  # noqa: BLE001 - an exception of the user's that cannot say what it is
+        text = f"(its text cannot be read: {type(broken).__name__})"
+    return _pack("remote_error", text, "yes", False, "handler", {"type_name": type(error).__name__}, details)
+
+
+def _pack(
+    code: str, text: str, sent: Sent, retryable: bool, phase: str, fields: dict[str, Any], details: dict[str, Any]
+) -> bytes:
+    plain = {_cut(str(key), 256): _plain(value) for key, value in details.items()}
+    if len(_encode(plain)) > _DETAILS_LIMIT:
+        plain = {"omitted": f"details of more than {_DETAILS_LIMIT} bytes"}
+    short = {name: _plain(value) for name, value in fields.items()}
+    if len(_encode(short)) > _MESSAGE_LIMIT:
+        short = {name: _cut(str(value), 256) for name, value in fields.items()}
+    return bytes(_encode(_Body(code, _cut(text, _MESSAGE_LIMIT), sent, retryable, phase, short, plain)))
+
+
+def _cut(text: str, limit: int, *, tail: bool = False) -> str:
+    """``text`` in at most ``limit`` bytes of UTF-8; lone surrogates (from file names, say) become question marks."""
+    data = text.encode("utf-8", "replace")
+    if len(data) <= limit:
+        return data.decode()
+    return (data[-limit:] if tail else data[:limit]).decode("utf-8", "ignore")
+
+
+def _plain(value: object, depth: int = 4) -> object:
+    """``value`` as msgpack can carry it; what it cannot is shown as text."""
+    if value is None or isinstance(value, (bool, float)):
+        return value
+    if isinstance(value, int):
+        return value if -(1 << 63) <= value < 1 << 64 else str(value)
+    if isinstance(value, (list, tuple)) and depth:
+        return [_plain(item, depth - 1) for item in value]
+    if isinstance(value, dict) and depth:
+        return {_cut(str(key), 256): _plain(item, depth - 1) for key, item in value.items()}
+    return _cut(str(value), _DETAILS_LIMIT)
 
 
 def error_from_body(body: bytes, *, peer: str | None, request_id: str | None, delivered: int = 0) -> DynwireError:
     """The exception that an ERROR body describes. A body that does not decode is itself a `ProtocolError`."""
     try:
         parts = _decoder.decode(body)
-    except msgspec.MsgspecError as error:
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
         text = f"{peer} sent an ERROR frame that does not decode: {error}"
         problem = ProtocolError(text, peer=peer, sent="maybe", request_id=request_id)
         problem.__cause__ = error
@@ -90,10 +124,3 @@ def for_request(template: DynwireError, *, sent: Sent, request_id: str | None, d
     error.__cause__ = template.__cause__
     return error
 
-
-def _plain(value: object) -> object:
-    return value if value is None or isinstance(value, (str, int, float, bool, list, tuple, dict)) else str(value)
-
-
-def _plain_dict(values: dict[str, Any]) -> dict[str, Any]:
-    return {str(k): _plain(v) for k, v in values.items()}

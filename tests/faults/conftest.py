@@ -20,7 +20,7 @@ import pytest
 
 import dynwire
 from dynwire.discovery.file import FileDiscovery
-from tests.plane.faces import PATIENCE_S, Client, Manager
+from tests.plane.faces import PATIENCE_S, Client, Manager, Stream
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAM = Path(__file__).with_name("worker.py")
@@ -151,13 +151,76 @@ async def known_as(manager: Manager, endpoint: str, address: str, directory: Pat
     discovery = FileDiscovery(str(directory), ttl=60.0)
     await discovery.start()
     instance = dynwire.Instance(
-        id=int.from_bytes(os.urandom(7), "big"), namespace=namespace, component=component, endpoint=name, plane="tcp", address=address
+        id=int.from_bytes(os.urandom(7), "big"),
+        namespace=namespace,
+        component=component,
+        endpoint=name,
+        plane="tcp",
+        address=address,
     )
     await discovery.register(instance)
     try:
         yield await manager.client(endpoint)
     finally:
         await discovery.close()
+
+
+class DirectClient:
+    """Calls at an address, below discovery and routing: nothing is tried again or set aside. The face of `Client`."""
+
+    def __init__(self, manager: Manager, endpoint: str, address: str) -> None:
+        self._manager = manager
+        self._plane: Any = None
+        namespace, component, name = endpoint.split(".")
+        self.instance = dynwire.Instance(1, namespace, component, name, "tcp", address)
+        self.blocking = isinstance(manager.real, dynwire.NetworkManager)
+
+    async def _channel(self) -> Any:
+        if self._plane is None:
+            made: Any = self._manager.real
+            self._plane = await asyncio.to_thread(made.create_client) if self.blocking else made.create_client()
+            self._made = self._plane.channel(self.instance)
+        if not self.blocking and not self._made.ready:
+            await self._made.connect()
+        return self._made
+
+    async def call(self, payload: Any, timeout: Any = PATIENCE_S) -> Any:
+        channel = await self._channel()
+        return await (asyncio.to_thread(channel.call, payload, timeout) if self.blocking else channel.call(payload, timeout))
+
+    @asynccontextmanager
+    async def stream(self, payload: Any, timeout: Any = PATIENCE_S) -> AsyncIterator[Stream]:
+        channel = await self._channel()
+        if self.blocking:
+            items = await asyncio.to_thread(channel.stream, payload, timeout)
+            stream = Stream(_Blocking(items))
+        else:
+            items = channel.stream(payload, timeout)
+            stream = Stream(items)
+        try:
+            yield stream
+        finally:
+            if self.blocking:
+                await asyncio.to_thread(items.close)
+            else:
+                items.close()
+
+    def stats(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self._plane.stats().get(self.instance.address, [])
+        return found
+
+
+class _Blocking(dynwire.ReplyStream):
+    """Makes `Stream` iterate a plane's blocking stream in threads."""
+
+    def __init__(self, items: Any) -> None:
+        self._plain = items
+
+    def __iter__(self) -> Any:
+        return iter(self._plain)
+
+    def __next__(self) -> Any:
+        return next(self._plain)
 
 
 async def outcome(call: Awaitable[Any]) -> tuple[Any, BaseException | None, float]:

@@ -10,19 +10,18 @@ import pytest
 
 import dynwire
 from dynwire import Cancelled, DeadlineExceeded, RemoteError
-from tests.plane.faces import Manager, eventually
+from tests.plane.faces import Manager
 
 from .conftest import Managers, StartWorker, fails, in_time
 
 KINDS = {
     "exception": "ValueError",
-    "cancelled": "CancelledError",
+    "cancelled": "",
     "system_exit": "SystemExit",
     "keyboard_interrupt": "KeyboardInterrupt",
     "base_exception": "Dull",
     "generator_exit": "GeneratorExit",
     "stop_iteration": "RuntimeError",
-    "stop_async_iteration": "StopAsyncIteration",
     "unprintable": "Unprintable",
     "group": "ExceptionGroup",
     "huge": "ValueError",
@@ -32,56 +31,99 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("handler", ["wrong", "wrong_later", "wrong_in_thread", "wrong_midway", "wrong_midway_in_thread"])
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
-async def test_what_handlers_raise(start_worker: StartWorker, managers: Managers, loop: str, handler: str, kind: str) -> None:
-    worker = start_worker(loop)
-    worker.noisy = True
+STOP_ASYNC = "a coroutine handler that raises StopAsyncIteration counts as one that returned None (_awaitable.pyx, the step)"
+
+
+@pytest.mark.xfail(strict=True, reason=STOP_ASYNC)
+@pytest.mark.parametrize("handler", ["wrong", "wrong_later", "wrong_in_thread"])
+async def test_stop_async_iteration(start_worker: StartWorker, managers: Managers, handler: str) -> None:
+    """``await anext(iterator)`` without a default is a common way to raise it."""
+    start_worker()
     async with managers() as manager:
         client = await manager.client(f"f.w.{handler}")
-        got: list[Any] = []
-        started = time.monotonic()
-        with pytest.raises(dynwire.DynwireError) as caught:
-            if "midway" in handler:
-                async with client.stream(kind, timeout=10.0) as stream:
-                    async for item in stream:
-                        got.append(item)
-            else:
-                await client.call(kind, timeout=10.0)
-        assert time.monotonic() - started < 9, "ended by the deadline only"
-        error = caught.value
-        assert isinstance(error, RemoteError), error
-        assert error.sent == "yes"
-        assert not error.retryable
-        if KINDS[kind] and not (kind == "generator_exit" or kind.startswith("stop_")):
-            assert error.type_name == KINDS[kind]
-        if kind == "exception":
-            assert error.message == "that was wrong"
-        assert len(str(error)) < 1_000_000
+        await fails(client.call("stop_async_iteration"), RemoteError)
+
+
+FATAL = {"system_exit", "keyboard_interrupt"}
+"""Looked at one by one"""
+
+
+async def problem_with(manager: Manager, handler: str, kind: str) -> str:
+    """What is wrong with the error that a misdeed ends in; empty if nothing is."""
+    client = await manager.client(f"f.w.{handler}")
+    got: list[Any] = []
+    started = time.monotonic()
+    try:
         if "midway" in handler:
-            assert got == [0, 1]
+            async with client.stream(kind, timeout=5.0) as stream:
+                async for item in stream:
+                    got.append(item)
+        else:
+            got.append(await client.call(kind, timeout=5.0))
+    except dynwire.DynwireError as error:
+        if kind == "cancelled" and isinstance(error, Cancelled):
+            return ""
+        if kind == "unencodable" and isinstance(error, dynwire.DecodeError):
+            return "" if error.sent == "yes" else f"sent {error.sent}"
+        if not isinstance(error, RemoteError):
+            return f"{error!r} after {time.monotonic() - started:.1f} s, items {got}"
+        if (error.sent, error.retryable) != ("yes", False):
+            return f"sent {error.sent}, retryable {error.retryable}"
+        if KINDS[kind] and error.type_name != KINDS[kind]:
+            return f"type_name {error.type_name}"
+        if kind == "exception" and error.message != "that was wrong":
+            return f"message {error.message}"
+        if len(str(error)) > 1_000_000:
+            return f"a message of {len(str(error))} characters"
+        if "midway" in handler and got != [0, 1]:
+            return f"items {got}"
+        return ""
+    return f"no error, but {got}"
+
+
+@pytest.mark.parametrize("handler", ["wrong", "wrong_later", "wrong_in_thread", "wrong_midway", "wrong_midway_in_thread"])
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.hard_timeout(120)
+async def test_what_handlers_raise(start_worker: StartWorker, managers: Managers, loop: str, handler: str) -> None:
+    worker = start_worker(loop)
+    worker.noisy = True
+    problems = {}
+    async with managers() as manager:
         echo = await manager.client("f.w.echo")
-        assert await echo.call(1) == 1, "the worker has gone on"
-        assert worker.process.poll() is None
+        for kind in [kind for kind in KINDS if kind not in FATAL]:
+            if problem := await problem_with(manager, handler, kind):
+                problems[kind] = problem
+            assert await echo.call(kind) == kind, "the worker has gone on"
+    assert problems == {}
+
+
+@pytest.mark.parametrize("kind", sorted(FATAL))
+@pytest.mark.parametrize("handler", ["wrong", "wrong_later", "wrong_in_thread", "wrong_midway", "wrong_midway_in_thread"])
+@pytest.mark.parametrize("face", ["async-asyncio", "blocking"], indirect=True)
+async def test_what_would_end_a_program(start_worker: StartWorker, managers: Managers, handler: str, kind: str) -> None:
+    """As in any asyncio task it goes on to the loop and ends the program, but the caller learns first what it was."""
+    worker = start_worker()
+    worker.noisy = True
+    async with managers() as manager:
+        assert await problem_with(manager, handler, kind) == ""
 
 
 async def test_a_handler_that_holds_up_the_loop(managers: Managers, start_worker: StartWorker) -> None:
     worker = start_worker()
-    async with managers() as manager:
+    async with managers(tcp_pool_size=1) as manager:
         block, echo = await manager.client("f.w.block"), await manager.client("f.w.echo")
         await echo.call(0)
         blocked = asyncio.create_task(block.call(2.0))
         await worker.says("blocked")
-        error, seconds = await fails(echo.call(1, timeout=0.5), (DeadlineExceeded, dynwire.ConnectError))
-        if isinstance(error, DeadlineExceeded):
-            in_time(seconds, 0.5)
+        error, seconds = await fails(echo.call(1, timeout=0.5), DeadlineExceeded)
+        in_time(seconds, 0.5)
+        assert error.sent == "maybe"
         assert await echo.call(2, timeout=10.0) == 2
         assert await blocked == "slept"
 
 
 async def test_a_handler_that_ignores_cancellation(managers: Managers, start_worker: StartWorker) -> None:
-    worker = start_worker()
+    start_worker()
     async with managers() as manager:
         client, echo = await manager.client("f.w.stubborn"), await manager.client("f.w.echo")
         error, seconds = await fails(client.call(3.0, timeout=0.6), DeadlineExceeded)
@@ -95,7 +137,7 @@ async def test_a_handler_that_ignores_cancellation(managers: Managers, start_wor
             return found
 
         async with asyncio.timeout(10):
-            while "stubborn ended" not in await events():
+            while "stubborn ended" not in await events():  # noqa: ASYNC110  # in another process
                 await asyncio.sleep(0.02)
         assert "ignored" in await events(), "cancellation did not reach it"
         assert await echo.call(2) == 2
@@ -125,7 +167,7 @@ async def test_finally_blocks_run_when_a_stream_is_killed(
                 error, _ = await waiting
                 assert isinstance(error, Cancelled)
         async with asyncio.timeout(10):
-            while "cleaned" not in await events_of(manager):
+            while "cleaned" not in await events_of(manager):  # noqa: ASYNC110  # in another process
                 await asyncio.sleep(0.01)
         assert (await events_of(manager))[-2:] == ["CancelledError", "cleaned"]
 
@@ -141,7 +183,7 @@ async def test_finally_blocks_run_when_the_caller_dies(managers: Managers, start
                 await worker.says("cleanable")
                 await manager.close()
         async with asyncio.timeout(10):
-            while "cleaned" not in await events_of(watching):
+            while "cleaned" not in await events_of(watching):  # noqa: ASYNC110  # in another process
                 await asyncio.sleep(0.01)
 
 
@@ -172,4 +214,3 @@ async def test_no_task_stays_behind(managers: Managers, start_worker: StartWorke
             after = (await report.call(0))["tasks"]
             await asyncio.sleep(0.01)
         assert after == before
-        await eventually(lambda: True)

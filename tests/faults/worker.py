@@ -179,13 +179,13 @@ async def stoppable(request: Any, context: dynwire.Context) -> AsyncIterator[int
     yield 2
 
 
-HANDLERS = [
+HANDLERS: list[Any] = [
     echo, pid, counted, counted_stream, report, block, wait, some_then_wait, endless, wrong, wrong_later, wrong_in_thread,
     wrong_midway, wrong_midway_in_thread, stubborn, cleans_up, stoppable,
 ]  # fmt: skip
 
 
-async def main(settings: dict[str, object]) -> None:
+async def main(settings: dict[str, Any]) -> None:
     manager = dynwire.AsyncNetworkManager(**{"tcp_host": "127.0.0.1", "discovery_ttl": 60.0, **settings})
     for handler in HANDLERS:
         service = await manager.endpoint(f"f.w.{handler.__name__}").serve(handler)
@@ -194,11 +194,10 @@ async def main(settings: dict[str, object]) -> None:
 
 
 if __name__ == "__main__":
+    factory: Any = asyncio.new_event_loop
     if sys.argv[1] == "uvloop":
         import uvloop
 
         factory = uvloop.new_event_loop
-    else:
-        factory = asyncio.new_event_loop
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(main(dict(argument.split("=", 1) for argument in sys.argv[2:])))

@@ -71,7 +71,6 @@ async def test_requests_after_the_last_one_taken_may_be_repeated() -> None:
         assert bytes(await first) == b"answer"
 
 
-@pytest.mark.xfail(strict=True, reason="the client gave the stream up at GOAWAY and takes the server's ERROR for it as a breach")
 async def test_a_refusal_of_a_request_that_crossed_the_goaway() -> None:
     """`AsyncServerConnection.on_request` answers with ERROR while draining; that must not end the requests that go on."""
     async with Connected() as c:
@@ -85,9 +84,6 @@ async def test_a_refusal_of_a_request_that_crossed_the_goaway() -> None:
         assert bytes(await first) == b"answer"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="refuse_after() frees a stream before it empties `pending`: the next request goes out on it"
-)
 async def test_waiting_requests_are_not_sent_after_a_goaway() -> None:
     async with Connected(max_streams=1) as c:
         first, second = c.channel.call(b"1"), c.channel.call(b"2")  # the second waits for the only stream

@@ -154,13 +154,11 @@ def dialogue(rng: random.Random) -> tuple[list[o.Frame], list[o.Frame]]:
         meta = rng.choice((None, b"", b"meta"))
         name = f"e{sid}".encode()
         kw = {"endpoint": sid, "name": name, "meta": meta, "kind": rng.randint(0, 2), "timeout_ms": rng.getrandbits(32)}
-        if len(payload) < o.FRAGMENT_FROM and rng.random() < 0.8:
+        if len(payload) < o.FRAGMENT_FROM:
             to_server.append(o.request(sid, payload, **kw))  # type: ignore[arg-type]
-        elif payload:
+        else:
             to_server.append(o.request(sid, announce=len(payload), **kw))  # type: ignore[arg-type]
             queues[0].append(o.fragments(sid, payload, rng.choice((1000, 65536, 262144))))
-        else:
-            to_server.append(o.request(sid, **kw))  # type: ignore[arg-type]
         replies: list[o.Frame] = [o.Frame(o.ACCEPT, stream=sid)] if rng.random() < 0.3 else []
         for _ in range(rng.randint(0, 3)):
             payload = rng.randbytes(rng.choice(sizes))

@@ -109,7 +109,6 @@ def test_kill_during_upload(written: int) -> None:
     assert [e[0] for e in p.to_server()] == ["request"]
 
 
-@pytest.mark.xfail(strict=True, reason="a CANCEL(stop) that overtakes the request's own payload is dropped by dispatch()")
 def test_stop_during_upload_reaches_the_request() -> None:
     p = pair.Pair()
     sid = p.client.request("a", b"x" * BIG)
@@ -347,7 +346,6 @@ def test_frames_by_state(state: str) -> None:
     assert wrong == []
 
 
-@pytest.mark.xfail(strict=True, reason="END while a fragmented item is arriving ends the stream as if the item had not been sent")
 def test_end_within_an_item() -> None:
     """Only an ERROR may cut an item short. An END would be a normal end of a stream that lacks an item."""
     conn = in_state("client, item arriving")
@@ -355,7 +353,6 @@ def test_end_within_an_item() -> None:
         pair.feed(conn, o.Frame(o.END))
 
 
-@pytest.mark.xfail(strict=True, reason="parse() skips CONT of unknown streams on a server before it looks at `ready`")
 def test_fragments_before_hello() -> None:
     """Otherwise a peer without a token keeps the connection busy."""
     with pytest.raises(ProtocolError, match="before HELLO"):
@@ -513,7 +510,6 @@ def test_hello_limit() -> None:
         conn.receive(o.PREFACE + o.encode(frame))
 
 
-@pytest.mark.xfail(strict=True, reason="an announcement of 1 byte takes a block of 64 KiB: 1,000 times what its credit pays for")
 def test_memory_of_announcements_stays_within_the_window() -> None:
     """10,000 announcements of one byte cost 650,000 bytes of credit and take 655 MB of blocks."""
     window = 1 << 20
@@ -583,9 +579,6 @@ def test_hello_that_is_not_a_hello(body: bytes) -> None:
         EventConnection(False).receive(o.PREFACE + o.encode(o.Frame(o.HELLO, body=body)))
 
 
-@pytest.mark.xfail(
-    strict=True, reason="msgspec raises UnicodeDecodeError and RecursionError too; _hello() expects MsgspecError only"
-)
 @pytest.mark.parametrize(
     "body",
     [
@@ -662,7 +655,6 @@ def test_foreign_bytes_in_any_cut_are_a_typed_error() -> None:
 # --- ends ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason="slots refer to streams by void*, streams to the connection: a cycle that gc cannot see")
 def test_a_connection_with_open_streams_is_collected() -> None:
     blocks = pair.in_use()
     conn = pair.server()
@@ -691,9 +683,6 @@ UNKNOWN_STREAM = [
 ]
 
 
-@pytest.mark.xfail(
-    strict=True, reason="methods of EventConnection use get_slot() without a look at None: a segfault or a wild write"
-)
 def test_unknown_streams_are_an_error_not_a_crash() -> None:
     code = "from dynwire._frames import EventConnection\nconn = EventConnection(False)\nconn.{}"
     ends = {}
