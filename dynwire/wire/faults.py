@@ -123,4 +123,3 @@ def for_request(template: DynwireError, *, sent: Sent, request_id: str | None, d
         error.__dict__["delivered"] = delivered
     error.__cause__ = template.__cause__
     return error
-

@@ -79,7 +79,7 @@ async def test_current_task(managers: Managers, suspended: bool, shape: str) -> 
 
 async def test_timeout(managers: Managers, suspended: bool, shape: str) -> None:
     async def body(context: dynwire.Context) -> list[Any]:
-        out = []
+        out: list[Any] = []
         try:
             async with asyncio.timeout(0.02) as scope:
                 await asyncio.sleep(20)
