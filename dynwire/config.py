@@ -311,6 +311,7 @@ class TcpConfig(_Part):
     keepalive_timeout: float = setting(
         10.0, "DYNWIRE_TCP_KEEPALIVE_TIMEOUT", _seconds(0.01), "peer without pong is lost", unit="s"
     )
+    max_connections: int = setting(4096, "DYNWIRE_TCP_MAX_CONNECTIONS", _count(1, 1_000_000), "connections to one server")
     max_streams: int = setting(16384, "DYNWIRE_TCP_MAX_STREAMS", _count(1, 1_000_000), "requests at once per connection")
     stream_window: int = setting(
         262144, "DYNWIRE_TCP_STREAM_WINDOW", _bytes(4096, _U31), "unread per stream before its writer waits", unit="bytes"

@@ -54,6 +54,7 @@ cdef class ItemReader(Waiter):
     cdef uint32_t *costs             # what each of them costs in credit; same indexes
     cdef Py_ssize_t costs_cap
     cdef int add(self, object item, Py_ssize_t cost) except -1
+    cdef int await_item(self) except -1
     cdef Py_ssize_t head
     cdef bint waiting
     cdef bint wake_queued
@@ -114,7 +115,8 @@ cdef class HandlerTask(StreamBase):
     cdef bint running
     cdef bint registered
     cdef bint done_
-    cdef bint settled_
+    cdef bint settled_               # the handler's code has ended
+    cdef bint released               # and its reply has left: not in flight any more
     cdef bint cancelled_
     cdef bint item_sent
     cdef bint timed_out
@@ -140,6 +142,7 @@ cdef class HandlerTask(StreamBase):
     cdef int kill(self) except -1
     cdef int _run(self, object error) except -1
     cdef bint recyclable(self)
+    cdef int release(self) except -1
     cdef int recycle(self) except -1
 
 cdef int leave_task(object loop) except -1

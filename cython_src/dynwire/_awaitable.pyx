@@ -136,7 +136,12 @@ cdef inline object decode_item(object item, int kind, object reply_type):
                 return _msgpack_decode(item)
             except (msgspec.MsgspecError, ValueError, RecursionError):
                 pass  # once more below, for the error
-    return unpack(kind, item, reply_type)
+    try:
+        return unpack(kind, item, reply_type)
+    except DecodeError:
+        raise
+    except Exception as error:  # of a type's own hooks, or a type that msgspec does not support
+        raise DecodeError(f"decoding as {reply_type!r} raised {type(error).__name__}: {error}") from error
 
 
 cdef class ChannelBase:
@@ -227,6 +232,8 @@ cdef class Waiter(StreamBase):
             except (KeyboardInterrupt, SystemExit) as error:
                 # Let the loop see it, after the callback has dealt with the rest of what was received.
                 self.loop.call_soon(_raise, error)
+            except Exception as error:
+                self.loop.call_exception_handler({"message": f"a done callback raised: {callback!r}", "exception": error})
             finally:
                 PyContext_Exit(context)
             return 0
@@ -351,6 +358,8 @@ cdef class CallFuture(Waiter):
                 conn.abandon(self, 2)
                 return self.fail_with(error, False)
             # A streaming handler: keep the item until the end shows that it is the only one.
+            self.state |= S_ACCEPTED
+            self.on_accept()
             self.value = (item, kind)
             return 0
         if self.value is not None:
@@ -511,8 +520,8 @@ cdef class ItemReader(Waiter):
     cdef int on_item(self, object item, int kind, bint last) except -1:
         cdef Py_ssize_t size = len(item)
         if self.closed:
-            if self.conn is not None:
-                self.conn.consumed(None, size + ITEM_OVERHEAD)
+            if self.source is not None and not self.source.dead:
+                self.source.consumed(None, size + ITEM_OVERHEAD)
             return 0
         if kind or self.reply_type is not None:
             try:
@@ -524,15 +533,17 @@ cdef class ItemReader(Waiter):
                 conn = self.conn
                 self.finish(error)
                 self.give_up(conn)
+                if self.source is not None and not self.source.dead:
+                    self.source.consumed(None, size + ITEM_OVERHEAD)
                 return self.wake(False)
         self.add(item, size + ITEM_OVERHEAD)
         if last:
             self.finish(None)
-        elif self.phase_deadline != INFINITY or self.between_items_timeout != INFINITY:
-            self.state |= S_ACCEPTED
-            self.set_phase("between_items", self.between_items_timeout)
         else:
+            # The next gap is timed from when the caller waits for an item: while it is busy, the worker may have to wait.
             self.state |= S_ACCEPTED
+            if self.phase_deadline != INFINITY:
+                self.set_phase("between_items", INFINITY)
         if self.waiting and self.callback is not None:
             # Once for all items that have come together, not once for each.
             if self.source is not None and self.source.in_dispatch:
@@ -555,6 +566,13 @@ cdef class ItemReader(Waiter):
             self.costs_cap = self.costs_cap * 2 + 16
         self.costs[n] = <uint32_t>cost
         self.items.append(item)
+        return 0
+
+    cdef int await_item(self) except -1:
+        """The caller begins to wait for an item."""
+        self.waiting = True
+        if self.between_items_timeout != INFINITY and self.state & S_ACCEPTED and self.delivered and self.phase_deadline == INFINITY:
+            self.set_phase("between_items", self.between_items_timeout)
         return 0
 
     cdef int set_phase(self, str phase, double timeout) except -1:
@@ -621,14 +639,12 @@ cdef class ItemReader(Waiter):
             cost += self.costs[i]
         self.items = []
         self.head = 0
-        if conn is not None:
-            if not self.finished:
-                self.finish(self.closed_error())
-                self.give_up(conn)
-            if cost:
-                conn.consumed(None, cost)
-        elif not self.finished:
+        if not self.finished:
             self.finish(self.closed_error())
+            if self.loop is None or not self.loop.is_closed():
+                self.give_up(conn)
+        if cost and self.source is not None and not self.source.dead and (self.loop is None or not self.loop.is_closed()):
+            self.source.consumed(None, cost)
         if self.waiting:
             self.wake(False)
 
@@ -720,7 +736,7 @@ cdef int _items_send(object self_, object arg, PyObject **result) except? -1:
         raise StopAsyncIteration
     if self.waiting and self.callback is not None:
         raise RuntimeError("another task is already waiting for an item of this stream")
-    self.waiting = True
+    self.await_item()
     self._asyncio_future_blocking = True
     Py_INCREF(self)
     result[0] = <PyObject *>self
@@ -846,6 +862,7 @@ cdef class HandlerTask(StreamBase):
         cdef int state
         cdef object value
         cdef bint batch
+        cdef WireConnection conn
         if self.done_:
             return 0
         if self._must_cancel:
@@ -855,7 +872,10 @@ cdef class HandlerTask(StreamBase):
         self.waiting_for = None
         self.started = True
         self.running = True
-        batch = self.conn is not None and self.conn.in_dispatch
+        conn = self.conn
+        batch = conn is not None and conn.in_dispatch
+        if conn is not None:
+            conn.stepping = True
         PyContext_Enter(self.pycontext)
         # What asyncio's _enter_task and _leave_task do, less their checks: current_task() of the handler's code is this object.
         # Within a read callback the entry is left for the next handler to overwrite; the callback's end removes it.
@@ -899,9 +919,12 @@ cdef class HandlerTask(StreamBase):
                 if self._must_cancel:
                     self._must_cancel = False
                     error = CancelledError() if self.cancel_message_ is None else CancelledError(self.cancel_message_)
-        except StopAsyncIteration:
+        except StopAsyncIteration as stop:
             self.awaitable = None
-            self.finish_ok(None)
+            if self.entry.streaming:
+                self.finish_ok(None)
+            else:
+                self.finish_error(stop, False)  # raised by the handler's own code, for example by anext()
         except (KeyboardInterrupt, SystemExit) as fatal:
             self.finish_error(fatal, False)
             self.loop.call_soon(_raise, fatal)
@@ -909,6 +932,8 @@ cdef class HandlerTask(StreamBase):
             self.finish_error(failure, False)
         finally:
             self.running = False
+            if conn is not None:
+                conn.stepping = False
             if not batch:
                 leave_task(self.loop)
             PyContext_Exit(self.pycontext)
@@ -999,11 +1024,13 @@ cdef class HandlerTask(StreamBase):
             self.finish_error(error, False)
             return 0
         try:
-            if view.len > conn.peer_max_message:
+            limit = min(conn.peer_max_message, conn.max_message)
+            if view.len > limit:
+                side = "caller" if conn.peer_max_message == limit else "worker"
                 self.finish_error(MessageTooLarge(
-                    f"a reply item of {view.len} bytes from {self.entry.name} exceeds the caller's limit of "
-                    f"{conn.peer_max_message} bytes; raise DYN_TCP_MAX_MESSAGE_SIZE on the caller's side",
-                    size=view.len, limit=conn.peer_max_message, setting="DYN_TCP_MAX_MESSAGE_SIZE", phase="reply", sent="yes",
+                    f"a reply item of {view.len} bytes from {self.entry.name} exceeds the {side}'s limit of {limit} bytes; "
+                    f"raise DYN_TCP_MAX_MESSAGE_SIZE on the {side}'s side",
+                    size=view.len, limit=limit, setting="DYN_TCP_MAX_MESSAGE_SIZE", phase="reply", sent="yes",
                 ), True)  # fmt: skip
                 return 0
             if self.held is not None or not conn.may_send(self):
@@ -1049,7 +1076,7 @@ cdef class HandlerTask(StreamBase):
             return 0
         if self.state & S_SENDING:
             return 0
-        if self.conn is not None and self.conn.in_dispatch:
+        if self.conn is not None and self.conn.in_dispatch and not self.conn.stepping:
             return self.step(None)
         self.loop.call_soon(self._resume)
         return 0
@@ -1119,9 +1146,8 @@ cdef class HandlerTask(StreamBase):
         self.settled_ = True
         if self.registered:
             _unregister_task(self)
-        entry.in_flight -= 1
-        if entry.in_flight == 0 and entry.on_idle is not None:
-            entry.on_idle()
+        if self.conn is None:
+            self.release()
         self.coro = None if self.coro is None or not self.running else self.coro
         self.wakeup_ = None
         if self.callbacks is not None:
@@ -1130,10 +1156,26 @@ cdef class HandlerTask(StreamBase):
                 self.loop.call_soon(callback, self, context=context)
         return 0
 
+    cdef int release(self) except -1:
+        """Code and reply have both gone: the request is no longer in flight."""
+        cdef EndpointEntry entry = self.entry
+        if self.released or entry is None:
+            return 0
+        self.released = True
+        entry.in_flight -= 1
+        if entry.in_flight == 0 and entry.on_idle is not None:
+            entry.on_idle()
+        return 0
+
+    cdef int on_freed(self) except -1:
+        if self.settled_:
+            self.release()
+        return 0
+
     cdef bint recyclable(self):
         """Has the handler ended without suspending, with its reply sent, so that nothing refers to it?"""
         return (
-            self.done_ and self.conn is None and self.held is None and not self.registered and self.callbacks is None
+            self.released and self.conn is None and self.held is None and not self.registered and self.callbacks is None
             and self.name is None and not self.state & S_SENDING
         )  # fmt: skip
 
@@ -1158,6 +1200,7 @@ cdef class HandlerTask(StreamBase):
         self.running = False
         self.done_ = False
         self.settled_ = False
+        self.released = False
         self.cancelled_ = False
         self.item_sent = False
         self.timed_out = False
@@ -1170,10 +1213,6 @@ cdef class HandlerTask(StreamBase):
         if self.done_:
             return 0
         self.cancel()
-        if self.waiting_for is None and self.awaitable is None and not self.running and self.started:
-            # A generator between two items, waiting for credit.
-            self.held = None
-            self.loop.call_soon(self._step_killed)
         return 0
 
     def _step_killed(self):
@@ -1220,6 +1259,10 @@ cdef class HandlerTask(StreamBase):
     cdef int on_lost(self, object error) except -1:
         """The connection is gone: the caller cannot be reached any more."""
         self.held = None
+        if self.entry is None:
+            return 0  # the request had not arrived completely
+        if self.settled_:
+            return self.release()
         if not self.done_:
             self.context.set_cancelled(CTX_KILLED)
             return self.kill()
@@ -1235,6 +1278,10 @@ cdef class HandlerTask(StreamBase):
             return True
         self._must_cancel = True
         self.cancel_message_ = msg
+        if self.waiting_for is None and self.awaitable is None and not self.running and self.started:
+            # A generator between two items, waiting for credit.
+            self.held = None
+            self.loop.call_soon(self._step_killed)
         return True
 
     def cancelling(self):

@@ -12,6 +12,7 @@ from libc.math cimport INFINITY
 cdef extern from "Python.h":
     int PyContextVar_Get(object var, PyObject *default_value, PyObject **value) except -1
     void Py_DECREF(PyObject *)
+    void PyErr_WriteUnraisable(object)
 
 cdef object current_var = contextvars.ContextVar("dynwire_context", default=None)
 cdef object _monotonic = time.monotonic
@@ -97,7 +98,11 @@ cdef class Context:
             waiters = self._waiters
             self._waiters = None
             for waiter in waiters:
-                waiter()
+                try:
+                    waiter()
+                except Exception:
+                    # A user's callback; the request's end must not depend on it.
+                    PyErr_WriteUnraisable(waiter)
 
     def stop(self):
         """Ask the handler to finish early."""

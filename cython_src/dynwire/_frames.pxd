@@ -77,6 +77,7 @@ cdef enum:
     S_ACCEPTED = 16
     S_PENDING = 32               # (client) not yet written: waits for the connection's writer, a slot or credit
     S_WRITTEN = 64
+    S_QUEUED = 256               # (server) in waiting_credit or waiting_writer
     S_STOP_EARLY = 128           # (server) the caller asked to stop before its request had arrived completely
 
 cdef uint32_t CONNECTION_WINDOW_ID
@@ -85,7 +86,7 @@ cdef class StreamBase:
     cdef WireConnection conn
     cdef uint32_t sid
     cdef uint32_t seq
-    cdef uint8_t state
+    cdef uint16_t state
     cdef uint8_t in_flags
     cdef int64_t send_credit
     cdef int64_t refund           # consumed and not yet announced
@@ -110,6 +111,7 @@ cdef class StreamBase:
     cdef int on_sent(self) except -1
     cdef int on_timer(self, double now) except -1
     cdef int on_lost(self, object error) except -1
+    cdef int on_freed(self) except -1
 
 cdef class LargeSend:
     cdef StreamBase stream
@@ -152,6 +154,9 @@ cdef class WireConnection:
     cdef public double last_rx
     cdef double now
     # send
+    cdef uint64_t handed_bytes                # as far as a write that is going on may have got
+    cdef double last_tx                       # when a fragment was last accepted by the socket
+    cdef bint stepping                        # (driver) a handler of this connection is running
     cdef readonly uint64_t tx_frames_bytes    # bytes of frames (large payloads apart) that were handed to the kernel
     cdef public bint in_dispatch              # (driver) inside a read callback: no task is running, output is flushed at its end
     cdef list to_wake                         # (driver) streams whose readers are woken once the received bytes are dealt with

@@ -24,7 +24,7 @@ from libc.string cimport memcpy, memmove
 
 from ._buffers cimport Block, Payload, default_pool, payload_copy, payload_of_block
 
-from .errors import MessageTooLarge, Overloaded, PlaneMismatch, ProtocolError
+from .errors import DynwireError, MessageTooLarge, Overloaded, PlaneMismatch, ProtocolError
 
 WIRE_MAJOR = 1
 WIRE_MINOR = 0
@@ -35,6 +35,8 @@ cdef int64_t _CREDIT_LIMIT = <int64_t>1 << 40
 # Set in the first half of a PING whose other bits tell how much of large payloads stands before it.
 cdef uint32_t _MARK = 0x80000000
 cdef double _SMALL_S = 0.05
+cdef size_t _UNREAD_LIMIT = 2097152
+cdef size_t _PRODUCE_LIMIT = 262144      # backlog from which handlers wait before they produce more
 cdef object _pack = msgspec.msgpack.encode
 cdef object _unpack = msgspec.msgpack.decode
 
@@ -83,7 +85,7 @@ _HTTP_VERBS = (b"GET", b"POST", b"PUT", b"HEAD", b"DELETE", b"OPTIONS", b"PATCH"
 
 def describe_foreign(bytes head):
     """Name of the protocol that the first bytes of a connection look like."""
-    if head[:1] == b"\x16" and head[1:2] in (b"", b"\x03"):
+    if head[:1] in (b"\x15", b"\x16") and head[1:2] in (b"", b"\x03"):
         return "TLS"
     if head.startswith(b"PRI * HTTP/2"):
         return "HTTP/2"
@@ -138,6 +140,9 @@ cdef class StreamBase:
         return 0
 
     cdef int on_lost(self, object error) except -1:
+        return 0
+
+    cdef int on_freed(self) except -1:
         return 0
 
 
@@ -505,6 +510,8 @@ cdef class WireConnection:
                 return 0
             return stream.on_cancel(kind)
         if type_ == T_PING:
+            if self.output_backlog() > _UNREAD_LIMIT:
+                self.fail(f"{self.output_backlog()} bytes of answers wait because it does not read them, and it asks on")
             self.put_frame(T_PONG, 0, 0, sid, arg, NULL, 0)
             return self.wrote()
         if type_ == T_PONG:
@@ -638,6 +645,8 @@ cdef class WireConnection:
 
     cdef int _window(self, uint32_t sid, uint32_t increment) except -1:
         cdef StreamBase stream
+        if increment == 0:
+            self.fail("a WINDOW frame of 0 bytes")
         if sid == CONNECTION_WINDOW_ID:
             self.send_credit += increment
             if self.send_credit > _CREDIT_LIMIT:
@@ -645,6 +654,7 @@ cdef class WireConnection:
             if self.send_credit > 0:
                 while self.waiting_credit and self.send_credit > 0:
                     stream = self.waiting_credit.popleft()
+                    stream.state &= ~S_QUEUED
                     if stream.conn is self:
                         stream.on_credit()
                 self.on_slot_free()
@@ -811,7 +821,9 @@ cdef class WireConnection:
 
     cdef int request_done(self, StreamBase stream) except -1:
         """(server) The last frame of the stream is queued: its slot is free for the client, its request's memory is refunded."""
-        self.free_slot(stream)
+        if not self.free_slot(stream):
+            return 0  # it was done already
+        stream.on_freed()
         return self.consumed(None, stream.cost)
 
     cdef void drop_large(self, StreamBase stream):
@@ -931,6 +943,7 @@ cdef class WireConnection:
         self.tx_frames += 1
         large.offset += self.cur_len - HEADER_BYTES
         self.large_sent += self.cur_len - HEADER_BYTES
+        self.last_tx = self.now
         if self.now < self.small_until:
             self.put_frame(T_PING, 0, 0, _MARK | <uint32_t>(self.large_sent >> 32), <uint32_t>self.large_sent, NULL, 0)
         else:
@@ -959,6 +972,11 @@ cdef class WireConnection:
         """
         cdef Py_ssize_t size = len(data) if type(data) is bytes else _size_of(data)
         self.now = now
+        if size > self.max_message:
+            raise MessageTooLarge(
+                f"a request of {size} bytes exceeds this side's limit of {self.max_message} bytes; raise DYN_TCP_MAX_MESSAGE_SIZE",
+                size=size, limit=self.max_message, setting="DYN_TCP_MAX_MESSAGE_SIZE", peer=self.peer, sent="no",
+            )  # fmt: skip
         if size > self.peer_max_message:
             raise MessageTooLarge(
                 f"a request of {size} bytes exceeds the limit of {self.peer_max_message} bytes that {self.peer} accepts; raise "
@@ -996,28 +1014,36 @@ cdef class WireConnection:
         cdef uint32_t timeout_ms = 0
         cdef double left
         cdef Py_buffer view
+        cdef const unsigned char *p
+        cdef Py_ssize_t size
+        cdef bint held = False
         number = self.endpoint_numbers.get(endpoint)
         if number is None:
             number = len(self.endpoint_numbers)
             if number >= ENDPOINTS_LIMIT:
                 raise self.overloaded(number, f"{number} endpoints are in use on the connection to {self.peer}")
             name = endpoint.encode()
-            self.endpoint_numbers[endpoint] = number
         if deadline != INFINITY:
             left = (deadline - now) * 1000.0
             timeout_ms = 0 if left >= 4294967295.0 else <uint32_t>max(left, 0.0) + 1
-        self.take_slot(stream)
-        if self.live == 1:
-            self.live_since = now
-            self.ping_at = now + self.keepalive_interval
         if type(data) is bytes:
-            self.put_request(stream, number, name, <const unsigned char *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), data,
-                             kind, meta, timeout_ms)
+            p = <const unsigned char *>PyBytes_AS_STRING(data)
+            size = PyBytes_GET_SIZE(data)
         else:
             PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-            try:
-                self.put_request(stream, number, name, <const unsigned char *>view.buf, view.len, data, kind, meta, timeout_ms)
-            finally:
+            held = True
+            p = <const unsigned char *>view.buf
+            size = view.len
+        try:
+            self.take_slot(stream)
+            if self.live == 1:
+                self.live_since = now
+                self.ping_at = now + self.keepalive_interval
+            self.put_request(stream, number, name, p, size, data, kind, meta, timeout_ms)
+            if name is not None:
+                self.endpoint_numbers[endpoint] = number
+        finally:
+            if held:
                 PyBuffer_Release(&view)
         self.on_request_sent(stream)
         self.arm(stream, due)
@@ -1029,7 +1055,13 @@ cdef class WireConnection:
         while self.pending and self.send_credit > 0 and (self.free_len or self.live < self.max_streams) and not self.dead:
             stream, endpoint, data, kind, meta, deadline = self.pending.popleft()
             stream.state &= ~S_PENDING
-            self.send_request(stream, endpoint, data, kind, meta, deadline, stream.timer, self.now)
+            try:
+                self.send_request(stream, endpoint, data, kind, meta, deadline, stream.timer, self.now)
+            except (DynwireError, BufferError, ValueError) as error:
+                # The request's own failure, not that of the frame that made room for it.
+                stream.conn = None
+                stream.on_lost(error if isinstance(error, DynwireError) else DynwireError(f"the payload cannot be sent: {error}"))
+                continue
             self.wrote()
         return 0
 
@@ -1072,7 +1104,8 @@ cdef class WireConnection:
         if not self.live or self.keepalive_interval == INFINITY:
             self.ping_at = INFINITY
             return True
-        quiet_since = max(self.last_rx, self.live_since)
+        # A large payload that is moving on is a sign of life too: the PING may stand behind megabytes of it.
+        quiet_since = max(self.last_rx, self.live_since, self.last_tx)
         if self.ping_sent > quiet_since:
             self.ping_at = self.ping_sent + self.keepalive_timeout
             return now < self.ping_at
@@ -1089,18 +1122,23 @@ cdef class WireConnection:
         if stream.state & S_SENDING or stream.send_credit <= 0:
             return False
         if self.send_credit <= 0:
-            self.waiting_credit.append(stream)
-            return False
-        if self.congested:
-            self.waiting_writer.append(stream)
-            return False
-        return True
+            waiting = self.waiting_credit
+        elif self.congested or self.output_backlog() > _PRODUCE_LIMIT:
+            self.congested = True
+            waiting = self.waiting_writer
+        else:
+            return True
+        if not stream.state & S_QUEUED:
+            stream.state |= S_QUEUED
+            waiting.append(stream)
+        return False
 
     cdef int writable_again(self) except -1:
         cdef StreamBase stream
         self.congested = False
         while self.waiting_writer and not self.congested:
             stream = self.waiting_writer.popleft()
+            stream.state &= ~S_QUEUED
             if stream.conn is self:
                 stream.on_credit()
         return 0
@@ -1150,6 +1188,11 @@ cdef class WireConnection:
             return 0
         if stream.state & S_ASSEMBLING:
             self._assembly_over(stream)
+        if stream.state & S_QUEUED:
+            stream.state &= ~S_QUEUED
+            for waiting in (self.waiting_credit, self.waiting_writer):
+                if stream in waiting:
+                    waiting.remove(stream)
         self.slots[sid] = None
         self.live -= 1
         if self.is_client:
@@ -1159,7 +1202,7 @@ cdef class WireConnection:
         stream.timer = INFINITY
         if self.is_client:
             self.on_slot_free()
-        return 0
+        return 1
 
     cdef int abandon(self, StreamBase stream, int kind) except -1:
         """(client) Nobody waits for the stream any more: cancel it and swallow what still comes."""
@@ -1213,7 +1256,7 @@ cdef class WireConnection:
             stream = <StreamBase>self.slots[i]
             if stream is not None:
                 self.slots[i] = None
-                if stream.mark >= self.tx_frames_bytes:
+                if stream.mark >= max(self.tx_frames_bytes, self.handed_bytes):
                     stream.state &= ~S_WRITTEN  # still in our buffer: the peer has seen nothing of it
                 stream.conn = None
                 stream.timer = INFINITY

@@ -13,6 +13,7 @@ cdef class AsyncConnection(WireConnection):
     cdef object timer_handle
     cdef double armed_at
     cdef object flush_callback
+    cdef public object on_drained    # called once when everything queued has been written
     cdef public object on_closed     # called once with the error when the connection is gone
     cdef readonly object close_error
     cdef double spin_s
@@ -54,7 +55,7 @@ cdef class AsyncConnection(WireConnection):
         self.in_dispatch = True
         self.flush_at = EARLY_FLUSH
         try:
-            while rounds > 0 and not self.dead:
+            while rounds > 0 and self.reading and not self.dead:
                 rounds -= 1
                 self.recv_target(&base, &size)
                 if self.land_left:
@@ -98,6 +99,9 @@ cdef class AsyncConnection(WireConnection):
                 break
         except DynwireError as error:
             self.protocol_failure(error)
+        except Exception as error:
+            self.loop.call_exception_handler({"message": f"reading from {self.peer} failed", "exception": error})
+            self.lost(PeerLost(f"the connection to {self.peer} was given up: {error!r}", peer=self.peer, sent="maybe"))
         finally:
             if self.to_wake:
                 wake_readers(self)  # what had come before an error is delivered
@@ -122,10 +126,14 @@ cdef class AsyncConnection(WireConnection):
 
     cdef int wrote(self) except -1:
         """Something was queued: write it at the end of the read callback or of this turn of the loop."""
-        if self.in_dispatch:
-            if self.oend >= self.flush_at and not self.writer_blocked and not self.dead:
+        if self.writer_blocked:
+            self.check_backlog()
+            if self.next_wakeup() < self.armed_at:
+                self.set_timer()
+        elif self.in_dispatch:
+            if self.oend >= self.flush_at and not self.dead:
                 self.flush()
-                self.flush_at *= 4
+                self.flush_at = min(self.flush_at * 4, LAST_EARLY_FLUSH)
         elif not self.flush_scheduled and not self.writer_blocked and not self.dead:
             self.flush_scheduled = True
             self.loop.call_soon(self.flush_callback)
@@ -175,10 +183,13 @@ cdef class AsyncConnection(WireConnection):
         return self.drained()
 
     cdef int wait_writable(self) except -1:
-        cdef size_t backlog = self.output_backlog()
         if not self.writer_blocked and not self.dead:
             self.writer_blocked = True
             self.loop.add_writer(self.fd, self._on_writable)
+        return self.check_backlog()
+
+    cdef int check_backlog(self) except -1:
+        cdef size_t backlog = self.output_backlog()
         if backlog > CONGESTED_BYTES:
             self.congested = True
             if backlog > STOP_READING_BYTES and self.reading and not self.is_client:
@@ -191,6 +202,7 @@ cdef class AsyncConnection(WireConnection):
 
     def _on_writable(self):
         if not self.dead:
+            self.now = dw_now()
             self.flush()
 
     cdef int drained(self) except -1:
@@ -200,7 +212,15 @@ cdef class AsyncConnection(WireConnection):
                 self.reading = True
                 self.loop.add_reader(self.fd, self._on_readable)
             self.writable_again()
+        if self.on_drained is not None and not self.has_output():
+            callback, self.on_drained = self.on_drained, None
+            callback()
         return 0
+
+    @property
+    def unsent(self):
+        """True while something waits for the socket."""
+        return self.has_output()
 
     # ---- time ----
 
@@ -294,6 +314,9 @@ cdef class AsyncConnection(WireConnection):
         self.before_lost(error)
         for stream in streams:
             (<StreamBase>stream).on_lost(error)
+        drained, self.on_drained = self.on_drained, None
+        if drained is not None:
+            drained()
         callback, self.on_closed = self.on_closed, None
         if callback is not None:
             callback(self, error)
@@ -449,7 +472,12 @@ cdef class AsyncTcpChannel(ChannelBase):
                 raise Cancelled("the request was killed by its context before it was sent", peer=self.peer, sent="no")
             call.context = context
             context._canceller = call._cancel_request
-        return conn.start_call(call, self, data, kind, meta, self.endpoint, now)
+        try:
+            return conn.start_call(call, self, data, kind, meta, self.endpoint, now)
+        except DynwireError:
+            if context is not None:
+                context._canceller = None
+            raise
 
     def call(self, payload, timeouts=None, reply_type=None, Context context=None):
         cdef CallFuture call = CallFuture.__new__(CallFuture)

@@ -17,10 +17,10 @@ cdef extern from *:
     #include <semaphore.h>
     #include <time.h>
     static inline int dw_sem_wait(sem_t *sem, double seconds) {
-        struct timespec t; clock_gettime(CLOCK_REALTIME, &t);
+        struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t);
         double until = (double)t.tv_nsec * 1e-9 + seconds;
         t.tv_sec += (time_t)until; t.tv_nsec = (long)((until - (double)(time_t)until) * 1e9);
-        return sem_timedwait(sem, &t);
+        return sem_clockwait(sem, CLOCK_MONOTONIC, &t);
     }
     """
     int dw_sem_wait(sem_t *sem, double seconds) nogil
@@ -106,6 +106,8 @@ cdef class BlockingConnection(WireConnection):
             if left <= 0:
                 self.lost(PeerLost(f"{self.peer} did not answer", peer=self.peer))
                 raise TimeoutError
+            if self.has_output():
+                self.write_out(None)
             self.read_in(min(left, SLICE_MS * 0.001))
         if self.dead:
             raise self.close_error
@@ -124,7 +126,10 @@ cdef class BlockingConnection(WireConnection):
     # ---- writing ----
 
     cdef int write_out(self, Waiter call) except -1:
-        """Write what is queued, unless another thread is at it. Returns early when ``call`` is over."""
+        """Write what is queued, unless another thread is at it.
+
+        With a ``call``, waits for the socket until everything is written or the call is over; without, never waits.
+        """
         cdef dw_chunk chunks[MAX_CHUNKS]
         cdef int n, i
         cdef size_t total
@@ -142,11 +147,13 @@ cdef class BlockingConnection(WireConnection):
                 total = 0
                 for i in range(n):
                     total += chunks[i].len
+                self.handed_bytes = self.tx_frames_bytes + (self.wend - self.wpos)
                 with nogil:
                     written = dw_sendmsg(fd, chunks, n, MSG_DONTWAIT | MSG_NOSIGNAL)
                     code = errno
                 if self.dead:
                     return 0
+                self.handed_bytes = 0
                 if written >= 0:
                     self.sent(written)
                     if <size_t>written == total:
@@ -161,9 +168,12 @@ cdef class BlockingConnection(WireConnection):
                             f"the connection to {self.peer} broke while sending: {read_error_text(code)}",
                             peer=self.peer, sent="maybe",
                         ))  # fmt: skip
+                if call is None or settled(call):
+                    return 0
                 self.writer_blocked = True
+                self.now = dw_now()
                 self.wait_writable()
-                if call is not None and call.outcome != PENDING:
+                if settled(call):
                     return 0
         finally:
             self.writer_active = False
@@ -188,6 +198,7 @@ cdef class BlockingConnection(WireConnection):
             return 0
         if r > 0 and p.revents & POLLIN and not self.reader_active:
             self.read_in(0)
+            self.hand_over()  # somebody may have seen that we read, and sleeps
         self.tick(dw_now())
         return 0
 
@@ -199,7 +210,7 @@ cdef class BlockingConnection(WireConnection):
     cdef int read_in(self, double seconds) except -1:
         """Read once, waiting at most ``seconds``; the caller is the leader or the only user."""
         cdef unsigned char *base
-        cdef size_t size, first
+        cdef size_t size
         cdef ssize_t n = -1
         cdef iovec iov[2]
         cdef pollfd p
@@ -248,10 +259,18 @@ cdef class BlockingConnection(WireConnection):
                     else:
                         n = c_recv(fd, base, size, 0)  # the socket's own timeout is one slice
                         code = errno
+            if self.dead:
+                return 0
+            # Still the leader: what is called back may run Python code, and with it other threads.
+            return self.take_in(n, code, landing, size)
         finally:
             self.reader_active = False
-        if self.dead:
-            return self.close_descriptor()
+            if self.dead:
+                self.close_descriptor()
+
+    cdef int take_in(self, ssize_t n, int code, bint landing, size_t size) except -1:
+        """Deal with the outcome of a read. Returns 1 if something came."""
+        cdef size_t first
         if n > 0:
             try:
                 if landing:
@@ -266,13 +285,16 @@ cdef class BlockingConnection(WireConnection):
                     self.put_goaway(GOAWAY_PROTOCOL, str(error))
                     self.write_out(None)
                 self.lost(error)
+            except Exception as error:
+                self.lost(PeerLost(f"the connection to {self.peer} was given up: {error!r}", peer=self.peer, sent="maybe"))
+                raise
             return 1
         if n == 0:
-            return self.lost(PeerLost(f"{self.peer} closed the connection", peer=self.peer, sent="maybe"))
-        if code == EINTR:
+            self.lost(PeerLost(f"{self.peer} closed the connection", peer=self.peer, sent="maybe"))
+        elif code == EINTR:
             PyErr_CheckSignals()
         elif code != EAGAIN:
-            return self.lost(PeerLost(
+            self.lost(PeerLost(
                 f"the connection to {self.peer} broke while receiving: {read_error_text(code)}", peer=self.peer, sent="maybe"
             ))  # fmt: skip
         return 0
@@ -288,25 +310,17 @@ cdef class BlockingConnection(WireConnection):
     cdef int wait(self, Waiter call, Parker parker) except -1:
         """Until the call is settled: read, or sleep while another thread reads."""
         cdef double now, left
-        cdef int r
         while not settled(call):
-            if self.dead and not settled(call):
-                return 0
+            if self.dead:
+                # Another thread is in lost() and will settle the call.
+                self.park(parker)
+                continue
             if self.has_output():
                 self.write_out(call)
                 if settled(call):
                     break
             if self.reader_active:
-                self.parkers.append(parker)
-                parker.parked = True
-                with nogil:
-                    r = dw_sem_wait(&parker.sem, 1.0)
-                self.parkers.remove(parker)
-                if not parker.parked and r != 0:
-                    sem_trywait(&parker.sem)  # woken and timed out at once: the count must not stay
-                parker.parked = False
-                if r != 0:
-                    PyErr_CheckSignals()
+                self.park(parker)
                 continue
             now = dw_now()
             left = self.next_wakeup() - now
@@ -315,6 +329,21 @@ cdef class BlockingConnection(WireConnection):
                 continue
             self.read_in(min(left, SLICE_MS * 0.001))
         self.hand_over()
+        return 0
+
+    cdef int park(self, Parker parker) except -1:
+        """Sleep until somebody wakes this thread: its call is settled, or it is to read on. Half a second at the most."""
+        cdef int r
+        self.parkers.append(parker)
+        parker.parked = True
+        with nogil:
+            r = dw_sem_wait(&parker.sem, 0.5)
+        self.parkers.remove(parker)
+        if not parker.parked and r != 0:
+            sem_trywait(&parker.sem)  # woken and timed out at once: the count must not stay
+        parker.parked = False
+        if r != 0:
+            PyErr_CheckSignals()
         return 0
 
     cdef int hand_over(self) except -1:
@@ -336,7 +365,7 @@ cdef class BlockingConnection(WireConnection):
                 self.read_in(0)
         if self.has_output() and not self.dead:
             self.write_out(None)
-        return 0
+        return self.hand_over()
 
     # ---- end ----
 
@@ -352,7 +381,7 @@ cdef class BlockingConnection(WireConnection):
         streams = self.take_all_streams()
         for stream in streams:
             (<StreamBase>stream).on_lost(error)
-        for parker in self.parkers:
+        for parker in list(self.parkers):
             unpark(<Parker>parker)
         owner, self.owner = self.owner, None
         if owner is not None:
@@ -371,7 +400,12 @@ cdef class BlockingConnection(WireConnection):
 
     def forget(self):
         """Close our copy of the descriptor and tell nobody: for the child after a fork."""
+        error = ForkedManager(f"the connection to {self.peer} belongs to the process before fork()", peer=self.peer, sent="maybe")
         self.dead = True
+        self.close_error = error
+        for stream in self.take_all_streams():
+            (<StreamBase>stream).on_lost(error)
+        self.reader_active = self.writer_active = False
         self.sock.close()
 
     def stats(self):
@@ -411,6 +445,7 @@ cdef class BlockingPool:
     cdef int opening
     cdef readonly int limit
     cdef object open_connection
+    cdef object changed              # condition: a connection was opened, or could not be
     cdef readonly str address
     cdef bint closed
 
@@ -418,49 +453,60 @@ cdef class BlockingPool:
         self.address = address
         self.limit = limit
         self.open_connection = open_connection
+        self.changed = threading.Condition()
         self.idle = []
         self.connections = []
 
-    cdef BlockingConnection acquire(self, object timeout):
-        """A connection to send on; ``release`` it when the call or stream has ended."""
+    cdef BlockingConnection acquire(self, double limit, bint fresh):
+        """A connection to send on, within ``limit`` seconds; ``release`` it when the call or stream has ended.
+
+        ``fresh``: look at an idle one in any case, not only when it was idle for long.
+        """
         cdef BlockingConnection conn
-        cdef double now
-        while self.idle:
-            conn = self.idle.pop()
-            if conn.dead or conn.draining:
-                self.discard(conn)
-                continue
-            now = dw_now()
-            if now - conn.idle_since > STALE_S:
-                conn.look()
-                if conn.dead or conn.draining:
+        cdef double deadline = dw_now() + limit
+        cdef double left
+        while True:
+            while self.idle:
+                conn = self.idle.pop()
+                if not conn.dead and not conn.draining and (fresh or dw_now() - conn.idle_since > STALE_S):
+                    conn.look()
+                if conn.dead or conn.draining or conn.has_output():
                     self.discard(conn)
                     continue
-            return conn
-        if self.closed:
-            raise ManagerClosed("the client is closed", peer=self.address)
-        if len(self.connections) + self.opening < self.limit:
-            self.opening += 1
-            try:
-                conn = self.open_connection(self, timeout)
-            finally:
-                self.opening -= 1
+                return conn
             if self.closed:
-                conn.close()
                 raise ManagerClosed("the client is closed", peer=self.address)
-            self.connections.append(conn)
-            return conn
-        best = None
-        for candidate in self.connections:
-            conn = candidate
-            if not conn.dead and not conn.draining and (best is None or conn.live < (<BlockingConnection>best).live):
-                best = conn
-        if best is None:
-            raise ConnectError(
-                f"no usable connection to {self.address}: all {self.limit} (DYN_TCP_POOL_SIZE) are being opened or closed",
-                peer=self.address,
-            )
-        return <BlockingConnection>best
+            left = deadline - dw_now()
+            if len(self.connections) + self.opening < self.limit:
+                self.opening += 1
+                try:
+                    conn = self.open_connection(self, left)
+                finally:
+                    self.opening -= 1
+                    with self.changed:
+                        self.changed.notify_all()
+                if self.closed:
+                    conn.close()
+                    raise ManagerClosed("the client is closed", peer=self.address)
+                if conn.dead:
+                    raise conn.close_error
+                self.connections.append(conn)
+                return conn
+            best = None
+            for candidate in self.connections:
+                conn = candidate
+                if not conn.dead and not conn.draining and (best is None or conn.live < (<BlockingConnection>best).live):
+                    best = conn
+            if best is not None:
+                return <BlockingConnection>best
+            if left <= 0:
+                raise ConnectError(
+                    f"no usable connection to {self.address} within {limit:.3g} s: all {self.limit} (DYN_TCP_POOL_SIZE) are being "
+                    "opened or closed",
+                    peer=self.address,
+                )
+            with self.changed:
+                self.changed.wait(min(left, 0.1))
 
     cdef int release(self, BlockingConnection conn) except -1:
         if conn.dead or conn.draining and conn.live == 0:
@@ -492,7 +538,7 @@ cdef class BlockingPool:
     def connect(self, timeout=None):
         """Make sure that there is a connection; raises what `open_connection` raises."""
         if not self.connections:
-            self.release(self.acquire(timeout))
+            self.release(self.acquire(3.0 if timeout is None else timeout, True))
 
     def close(self):
         self.closed = True
@@ -529,7 +575,7 @@ cdef class BlockingTcpChannel(ChannelBase):
     cdef BlockingConnection start(self, Waiter call, object payload, object timeouts, object reply_type, Context context):
         cdef BlockingConnection conn
         cdef int kind = 0
-        cdef double now
+        cdef double now, limit
         cdef bytes meta
         cdef object data = encode_payload(payload, &kind, self.options.kind)
         call.reply_type = reply_type
@@ -537,7 +583,10 @@ cdef class BlockingTcpChannel(ChannelBase):
         meta = request_meta(context)
         if context is not None and context._flags & CTX_KILLED:
             raise Cancelled("the request was killed by its context before it was sent", peer=self.peer, sent="no")
-        conn = self.pool.acquire(timeouts.connect if isinstance(timeouts, Timeouts) else None)
+        limit = self.options.connect_timeout
+        if isinstance(timeouts, Timeouts) and timeouts.connect is not None:
+            limit = timeouts.connect
+        conn = self.pool.acquire(min(limit, call.total_deadline - dw_now()), isinstance(call, BlockingReader))
         now = dw_now()
         if now >= call.total_deadline:
             self.pool.release(conn)
@@ -630,9 +679,10 @@ cdef class BlockingItemStream:
 
     def __next__(self):
         cdef BlockingReader reader = self.reader
+        cdef BlockingConnection conn = self.conn
         cdef PyObject *result = NULL
-        if reader.head >= len(reader.items):
-            if reader.finished or reader.closed:
+        while reader.head >= len(reader.items):
+            if reader.finished or reader.closed or conn is None:
                 self.end()
                 if reader.value is not None:
                     error = reader.value
@@ -640,16 +690,16 @@ cdef class BlockingItemStream:
                     raise error
                 raise StopIteration
             reader.parker = my_parker()
-            reader.waiting = True
+            reader.await_item()
             try:
-                self.conn.wait(reader, reader.parker)
+                conn.wait(reader, reader.parker)
             except BaseException:
                 self.close()
+                conn.hand_over()
                 raise
             finally:
                 reader.waiting = False
                 reader.parker = None
-            return self.__next__()
         reader.take(&result)
         item = <object>result
         Py_DECREF(item)

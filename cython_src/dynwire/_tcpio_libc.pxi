@@ -63,6 +63,7 @@ from .errors import (
     DeadlineExceeded,
     DynwireError,
     EndpointNotFound,
+    ForkedManager,
     ManagerClosed,
     MessageTooLarge,
     Overloaded,
@@ -131,6 +132,7 @@ cdef extern from "Python.h":
 cdef enum:
     CONGESTED_BYTES = 262144      # backlog of frames from which producers wait for the socket
     STOP_READING_BYTES = 1048576  # backlog from which nothing more is read from a peer that does not read its replies
+    LAST_EARLY_FLUSH = 65536      # and the last one
     EARLY_FLUSH = 4096            # first of the geometric thresholds (x4 each) at which a read callback writes before its end
     GOAWAY_NORMAL = 0
     GOAWAY_PROTOCOL = 1
@@ -149,6 +151,7 @@ def read_error_text(int code):
 cdef class RequestOptions:
     """Settings of a client that every call needs, unpacked once."""
     cdef double accept_timeout
+    cdef double connect_timeout
     cdef double total_timeout
     cdef int kind                  # codec of objects: 1 msgpack, 2 json
     cdef int channel_buffer
@@ -156,9 +159,10 @@ cdef class RequestOptions:
     cdef double keepalive_timeout
     cdef double spin_s
 
-    def __init__(self, *, accept_timeout, total_timeout=None, codec="msgpack", channel_buffer=100, keepalive_interval=10.0,
+    def __init__(self, *, accept_timeout, connect_timeout=3.0, total_timeout=None, codec="msgpack", channel_buffer=100, keepalive_interval=10.0,
                  keepalive_timeout=10.0, spin_us=0.0):
         self.accept_timeout = accept_timeout
+        self.connect_timeout = connect_timeout
         self.total_timeout = INFINITY if total_timeout is None else total_timeout
         self.kind = 2 if codec == "json" else 1
         self.channel_buffer = channel_buffer

@@ -29,6 +29,13 @@ class _Body(msgspec.Struct):
     d: dict[str, Any] = {}
 
 
+_FIELD_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("depth", "limit", "size", "offset"), int),
+    **dict.fromkeys(("retry_after", "timeout"), (int, float)),
+    **dict.fromkeys(("value", "allowed"), object),
+}
+"""A peer's fields are taken over only if they are what the class says; texts otherwise."""
+
 _decoder = msgspec.msgpack.Decoder(_Body)
 
 
@@ -107,7 +114,7 @@ def error_from_body(body: bytes, *, peer: str | None, request_id: str | None, de
         return RemoteError(text, type_name=type_name, remote_message=parts.m, **common)
     made = cls(parts.m, **common)
     for name in cls.own_fields:
-        if name in parts.f:
+        if name in parts.f and isinstance(parts.f[name], _FIELD_TYPES.get(name, str)):
             setattr(made, name, parts.f[name])
     if "delivered" in cls.own_fields:
         made.__dict__["delivered"] = delivered

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+
+# getaddrinfo imports it for its first host name; a fork() in another thread at that moment would leave its import lock held.
+import encodings.idna  # noqa: F401
 import errno
 import ipaddress
 import os

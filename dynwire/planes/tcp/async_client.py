@@ -21,6 +21,7 @@ def request_options(config: Config) -> RequestOptions:
     tcp = config.tcp
     return RequestOptions(
         accept_timeout=tcp.request_timeout,
+        connect_timeout=tcp.connect_timeout,
         total_timeout=config.default_timeout,
         codec=config.codec,
         channel_buffer=tcp.channel_buffer,
@@ -147,6 +148,8 @@ class ConnectionPool:
         except asyncio.CancelledError:
             connection.close()
             raise
+        if connection.dead:  # HELLO and a farewell came together
+            raise handshake_error(self.address, connection.close_error)
         self._connections.append(connection)
 
     def _gone(self, connection: Any, error: DynwireError) -> None:

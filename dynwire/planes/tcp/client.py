@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 from typing import Any
 
 from ..._tcpio import BlockingConnection, BlockingItemStream, BlockingPool, BlockingTcpChannel
@@ -54,9 +55,11 @@ class TcpClient(RequestPlaneClient):
         channel: Channel = BlockingTcpChannel(instance, pool, self._options)  # type: ignore[assignment]
         return channel
 
-    def _open(self, pool: BlockingPool, timeout: float | None) -> BlockingConnection:
-        limit = self._config.tcp.connect_timeout if timeout is None else timeout
+    def _open(self, pool: BlockingPool, limit: float) -> BlockingConnection:
+        """Connect and exchange HELLO, both within ``limit`` seconds."""
         address = pool.address
+        limit = max(limit, 0.001)
+        deadline = time.monotonic() + limit
         try:
             sock = socket.create_connection(split_address(address), timeout=limit)
         except TimeoutError as error:
@@ -74,7 +77,7 @@ class TcpClient(RequestPlaneClient):
                 connection_id=os.urandom(8),
                 token=self._config.token,
                 accept_timeout=self._config.tcp.request_timeout,
-                timeout=limit,
+                timeout=max(deadline - time.monotonic(), 0.001),
             )
         except TimeoutError as error:
             sock.close()

@@ -46,6 +46,7 @@ class AsyncTcpServer(AsyncRequestPlaneServer):
         self._retry_accept: asyncio.TimerHandle | None = None
         self._hello_check: asyncio.TimerHandle | None = None
         self._foreign: set[str] = set()
+        self._idle: dict[EndpointEntry, asyncio.Future[None]] = {}
 
     @property
     def address(self) -> str:
@@ -81,6 +82,12 @@ class AsyncTcpServer(AsyncRequestPlaneServer):
                 self._loop.remove_reader(self._sock.fileno())
                 self._retry_accept = self._loop.call_later(1.0, self._accept_again)
                 return
+            if len(self._connections) >= self._config.tcp.max_connections:
+                log.error(
+                    "connection refused: %d are open, the limit (DYNWIRE_TCP_MAX_CONNECTIONS)", len(self._connections)
+                )
+                sock.close()
+                continue
             sock.setblocking(False)
             peer = join_address(str(sockaddr[0]), int(sockaddr[1]))
             try:
@@ -167,12 +174,25 @@ class AsyncTcpServer(AsyncRequestPlaneServer):
         deadline = self._loop.time() + limit
         for entry in entries:
             while entry.in_flight and (left := deadline - self._loop.time()) > 0:
-                idle = self._loop.create_future()
-                entry.on_idle = lambda idle=idle: idle.done() or idle.set_result(None)
-                try:
-                    await asyncio.wait((idle,), timeout=left)
-                finally:
-                    entry.on_idle = None
+                # Shared: a drain of the endpoint and the closing of the server may wait at the same time.
+                idle = self._idle.get(entry)
+                if idle is None or idle.done():
+                    idle = self._idle[entry] = self._loop.create_future()
+                    entry.on_idle = lambda idle=idle: idle.done() or idle.set_result(None)
+                await asyncio.wait((idle,), timeout=left)
+        for entry in entries:
+            self._idle.pop(entry, None)
+
+    async def _wait_written(self, limit: float) -> None:
+        """Until the last replies have been handed to the system, or ``limit`` seconds have passed."""
+        waiting = []
+        for connection in self._connections:
+            if connection.unsent:
+                written = self._loop.create_future()
+                connection.on_drained = lambda written=written: written.done() or written.set_result(None)
+                waiting.append(written)
+        if waiting and limit > 0:
+            await asyncio.wait(waiting, timeout=limit)
 
     def stats(self) -> list[dict[str, Any]]:
         """Counters of every connection."""
@@ -196,9 +216,11 @@ class AsyncTcpServer(AsyncRequestPlaneServer):
             entry.draining = True
         for connection in list(self._connections):
             connection.go_away("the server is closing")
+        deadline = self._loop.time() + grace
         await self._wait_idle(entries, grace)
         if self._kill():
             await self._wait_idle(entries, KILLED_GRACE_S)
+        await self._wait_written(deadline - self._loop.time())
         for connection in list(self._connections):
             connection.close(ManagerClosed("the server was closed"))
         self.entries.clear()
