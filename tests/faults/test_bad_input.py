@@ -19,11 +19,6 @@ async def echo(request: Any) -> Any:
     return request
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="only the peer's limit is applied before sending: with a smaller DYN_TCP_MAX_MESSAGE_SIZE on the caller's side alone "
-    "the request goes out and runs; the config says 'largest payload, both directions'",
-)
 async def test_an_oversized_request(managers: Managers, start_worker: StartWorker) -> None:
     start_worker()
     async with managers(tcp_max_message_size=100_000, tcp_pool_size=1) as manager:

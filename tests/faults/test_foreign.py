@@ -22,13 +22,6 @@ from tests.plane.faces import eventually
 
 from .conftest import DirectClient, Managers, StartWorker, fails, in_time
 
-TLS_ALERT = "a TLS server answers our preface with an alert (15 03 xx); it is reported as 'an unknown protocol', not as TLS"
-TOKEN_ASYNC = (
-    "the worker's HELLO and GOAWAY arrive in one read: HELLO resolves the waiter, GOAWAY closes the connection, then _handshake "
-    "appends the dead connection to the pool, where it stays for ever; the call ends in ConnectError('not connected'), which is "
-    "tried again, instead of Unauthenticated (planes/tcp/async_client.py, ConnectionPool._handshake)"
-)
-
 only_once = pytest.mark.parametrize("face", ["async-asyncio"], indirect=True)
 
 
@@ -157,7 +150,7 @@ def banner_server(banner: bytes, first: bool) -> Iterator[str]:
         (b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n", False, "HTTP"),
         (b'INFO {"server_id":"x","version":"2.10.0","max_payload":1048576} \r\n', True, "NATS"),
         (b"SSH-2.0-OpenSSH_9.6\r\n", True, "SSH"),
-        pytest.param(b"\x15\x03\x01\x00\x02\x02\x46", False, "TLS", marks=pytest.mark.xfail(strict=True, reason=TLS_ALERT)),
+        pytest.param(b"\x15\x03\x01\x00\x02\x02\x46", False, "TLS"),
         (b"220 mail.example ESMTP ready\r\n", True, ""),
         (bytes(64), True, ""),
     ],
@@ -207,11 +200,7 @@ async def test_a_port_that_swallows(managers: Managers, kind: str) -> None:
 
 
 @pytest.mark.parametrize("token", ["wrong", None])
-async def test_tokens(
-    managers: Managers, start_worker: StartWorker, face: str, token: str | None, request: pytest.FixtureRequest
-) -> None:
-    if face != "blocking":
-        request.applymarker(pytest.mark.xfail(strict=True, reason=TOKEN_ASYNC))
+async def test_tokens(managers: Managers, start_worker: StartWorker, face: str, token: str | None) -> None:
     worker = start_worker(token="secret")
     async with managers(token=token) as manager:
         error, seconds = await fails(DirectClient(manager, "f.w.echo", worker.address).call(1), Unauthenticated)
@@ -223,7 +212,6 @@ async def test_tokens(
         assert await DirectClient(manager, "f.w.echo", worker.address).call(1) == 1
 
 
-@pytest.mark.xfail(strict=True, reason=TOKEN_ASYNC)
 @pytest.mark.parametrize("face", ["async-asyncio", "async-uvloop"], indirect=True)
 async def test_refused_connections_are_forgotten(start_worker: StartWorker, face: str) -> None:
     worker = start_worker(token="secret")

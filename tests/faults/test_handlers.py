@@ -31,10 +31,6 @@ KINDS = {
 }
 
 
-STOP_ASYNC = "a coroutine handler that raises StopAsyncIteration counts as one that returned None (_awaitable.pyx, the step)"
-
-
-@pytest.mark.xfail(strict=True, reason=STOP_ASYNC)
 @pytest.mark.parametrize("handler", ["wrong", "wrong_later", "wrong_in_thread"])
 async def test_stop_async_iteration(start_worker: StartWorker, managers: Managers, handler: str) -> None:
     """``await anext(iterator)`` without a default is a common way to raise it."""

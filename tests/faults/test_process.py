@@ -207,11 +207,6 @@ def test_fork_in_a_threaded_program(program: list[str], face: str) -> None:
     assert lines == ["0"] * 10 + ["[] parent"]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="the first connection imports encodings.idna (socket.getaddrinfo encodes the host): a fork at that moment in another "
-    "thread leaves the module's import lock taken, and the child's first call hangs in create_connection for ever",
-)
 def test_calls_import_nothing(program: list[str], face: str) -> None:
     """What a call imports, a fork can interrupt."""
     lines, _ = run(
@@ -332,11 +327,6 @@ def test_exit_with_everything_open(program: list[str], daemon: bool, face: str) 
     assert seconds < 5
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="a stream that is still open when its loop has been closed prints 'Exception ignored … RuntimeError: Event loop is "
-    "closed' at exit: the item stream's destructor abandons the request, which wants to flush on the closed loop",
-)
 def test_exit_of_an_async_program_with_everything_open(program: list[str], face: str) -> None:
     lines, seconds = run(
         program,

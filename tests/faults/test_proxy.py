@@ -19,12 +19,6 @@ ITEMS = 30
 ITEM_SIZE = 700
 
 
-MID_REQUEST = (
-    "the worker dies of SIGSEGV when a connection ends inside a request of more than one fragment: HandlerTask.on_lost uses "
-    "self.context, which is None until begin() (cython_src/dynwire/_awaitable.pyx)"
-)
-
-
 def faults_for(rng: random.Random, reach: int) -> Faults:
     """A cut or a reset within the first ``reach`` bytes, or none; the first bytes (HELLO) get their share."""
     offset = rng.choice([rng.randrange(0, 300), rng.randrange(0, reach), rng.randrange(0, reach)])
@@ -67,9 +61,7 @@ async def one_stream(client: DirectClient, n: int) -> str:
 
 
 @pytest.mark.parametrize("seed", [1, 2, 4])
-@pytest.mark.parametrize(
-    "kind", ["unary", pytest.param("large", marks=pytest.mark.xfail(strict=False, reason=MID_REQUEST)), "stream"]
-)
+@pytest.mark.parametrize("kind", ["unary", "large", "stream"])
 async def test_random_ends_of_connections(
     managers: Managers, start_worker: StartWorker, discovery_dir: Path, kind: str, seed: int
 ) -> None:
@@ -116,7 +108,6 @@ async def test_random_ends_of_connections(
     assert {"ok"} < set(ends.values()), f"the faults hit nothing, or everything: {ends}"
 
 
-@pytest.mark.xfail(strict=True, reason=MID_REQUEST)
 @pytest.mark.parametrize("end", ["cut", "reset"])
 async def test_the_end_of_a_connection_inside_a_request(managers: Managers, start_worker: StartWorker, end: str) -> None:
     """A caller that dies while it sends harms nobody else."""

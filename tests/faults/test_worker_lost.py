@@ -128,33 +128,9 @@ async def test_stopped_until_the_deadline(managers: Managers, start_worker: Star
         await continues(worker, client)
 
 
-BURST_BLOCKING = (
-    "BlockingPool.acquire raises ConnectError when all DYN_TCP_POOL_SIZE connections are still being opened, which also sets a "
-    "healthy worker aside: of 100 threads with the default pool of 50, many fail"
-)
-CONNECT_BLOCKING = (
-    "BlockingTcpChannel.start passes only Timeouts.connect to pool.acquire: a blocking call with timeout=0.7 spends the whole "
-    "DYN_TCP_CONNECT_TIMEOUT (3 s) connecting, and twice that if connect and handshake are both slow"
-)
-FULL_ASYNC = (
-    "a call started while the socket is full arms no timer: AsyncConnection.wrote() schedules nothing when writer_blocked, and "
-    "start_call leaves set_timer() to the flush; it ends with the next keepalive timer (10 s), not at its deadline"
-)
-FULL_BLOCKING = (
-    "BlockingConnection.write_out looks at call.outcome, which stays PENDING for a stream whose deadline has passed (settled() "
-    "is the right question), and at nothing with write_out(None): opening or closing a stream waits for the keepalive (20 s)"
-)
-
-
 @pytest.mark.parametrize("second", ["call", "large_call", "stream"])
-async def test_a_stopped_worker_and_a_full_socket(
-    managers: Managers, start_worker: StartWorker, face: str, second: str, request: pytest.FixtureRequest
-) -> None:
+async def test_a_stopped_worker_and_a_full_socket(managers: Managers, start_worker: StartWorker, face: str, second: str) -> None:
     """Half a payload is in the socket and the rest waits: what is called after it keeps its deadline too."""
-    if face != "blocking":
-        request.applymarker(pytest.mark.xfail(strict=True, reason=FULL_ASYNC))
-    elif second == "stream":
-        request.applymarker(pytest.mark.xfail(strict=True, reason=FULL_BLOCKING))
     worker = start_worker()
     async with managers(tcp_pool_size=1, tcp_keepalive_interval=4.0, tcp_keepalive_timeout=4.0) as manager:
         client = await manager.client("f.w.echo")
@@ -172,12 +148,8 @@ async def test_a_stopped_worker_and_a_full_socket(
         await continues(worker, client)
 
 
-async def test_closing_a_stream_of_a_stopped_worker(
-    managers: Managers, start_worker: StartWorker, face: str, request: pytest.FixtureRequest
-) -> None:
+async def test_closing_a_stream_of_a_stopped_worker(managers: Managers, start_worker: StartWorker, face: str) -> None:
     """Giving up never waits for the peer."""
-    if face == "blocking":
-        request.applymarker(pytest.mark.xfail(strict=True, reason=FULL_BLOCKING))
     worker = start_worker()
     async with managers(tcp_pool_size=1, tcp_keepalive_interval=4.0, tcp_keepalive_timeout=4.0) as manager:
         echo, streams = await manager.client("f.w.echo"), await manager.client("f.w.some_then_wait")
@@ -190,12 +162,8 @@ async def test_closing_a_stream_of_a_stopped_worker(
         await continues(worker, echo)
 
 
-async def test_connecting_to_a_stopped_worker(
-    managers: Managers, start_worker: StartWorker, face: str, request: pytest.FixtureRequest
-) -> None:
+async def test_connecting_to_a_stopped_worker(managers: Managers, start_worker: StartWorker, face: str) -> None:
     """The kernel accepts the connection, nobody answers: the deadline of the call holds for connecting as well."""
-    if face == "blocking":
-        request.applymarker(pytest.mark.xfail(strict=True, reason=CONNECT_BLOCKING))
     worker = start_worker()
     async with managers() as manager:
         client = await manager.client("f.w.echo")
@@ -204,23 +172,6 @@ async def test_connecting_to_a_stopped_worker(
         in_time(seconds, 0.7)
         assert error.sent == "no"
         await continues(worker, client)
-
-
-@pytest.mark.xfail(
-    strict=True,
-    reason="runtime.attempts gives up with NoInstances at once while the only instance is set aside for 0.1 to 0.2 s, however "
-    "much time the call has: last_error is None, so course.pause returns None",
-)
-async def test_the_call_after_a_failure_waits_for_the_only_instance(managers: Managers, start_worker: StartWorker) -> None:
-    """It is set aside for a moment; a call with seconds left does not fail because of that."""
-    worker = start_worker()
-    async with managers(tcp_keepalive_interval=0.2, tcp_keepalive_timeout=0.2) as manager:
-        client = await manager.client("f.w.echo")
-        await client.call(0)
-        worker.signal(signal.SIGSTOP)
-        await fails(client.call(1), PeerLost)
-        worker.signal(signal.SIGCONT)
-        assert await client.call(2, timeout=5.0) == 2
 
 
 @pytest.mark.parametrize("kind", ["call", "stream", "large"])
@@ -276,12 +227,8 @@ async def test_stopped_between_items(managers: Managers, start_worker: StartWork
         await continues(worker, echo)
 
 
-async def test_a_burst_of_first_calls(
-    managers: Managers, start_worker: StartWorker, face: str, request: pytest.FixtureRequest
-) -> None:
+async def test_a_burst_of_first_calls(managers: Managers, start_worker: StartWorker, face: str) -> None:
     """More callers than the pool has connections, before any of them is open."""
-    if face == "blocking":
-        request.applymarker(pytest.mark.xfail(strict=True, reason=BURST_BLOCKING))
     start_worker()
     async with managers(tcp_pool_size=2) as manager:
         client = await manager.client("f.w.echo")

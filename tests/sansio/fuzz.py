@@ -21,7 +21,6 @@ from typing import Any
 
 from dynwire._buffers import get_pool
 from dynwire._frames import EventConnection
-
 from dynwire.errors import PlaneMismatch, ProtocolError
 
 from . import oracle as o

@@ -7,7 +7,6 @@ from typing import Any
 
 from dynwire._buffers import get_pool
 from dynwire._frames import EventConnection
-
 from tests.sansio import oracle as o
 
 Event = tuple[Any, ...]

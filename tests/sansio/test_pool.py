@@ -12,6 +12,7 @@ import threading
 from array import array
 
 import pytest
+
 from dynwire._buffers import Block, BufferPool, Payload, get_pool
 from dynwire._frames import EventConnection
 

@@ -83,9 +83,7 @@ class AsyncTcpServer(AsyncRequestPlaneServer):
                 self._retry_accept = self._loop.call_later(1.0, self._accept_again)
                 return
             if len(self._connections) >= self._config.tcp.max_connections:
-                log.error(
-                    "connection refused: %d are open, the limit (DYNWIRE_TCP_MAX_CONNECTIONS)", len(self._connections)
-                )
+                log.error("connection refused: %d are open, the limit (DYNWIRE_TCP_MAX_CONNECTIONS)", len(self._connections))
                 sock.close()
                 continue
             sock.setblocking(False)
