@@ -5,24 +5,19 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import os
-import sys
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from ._context import loop_mark
 from .errors import ManagerClosed
 
 T = TypeVar("T")
 
-# Which event loop is this? Asked once per call, so it has to be cheap. `asyncio._get_running_loop` is, from 3.12 on; before, it
-# makes a system call (getpid) each time. A running loop also installs its hooks for async generators in its thread, and looking
-# at those needs no system call. Compare results with ==; equal means the same running loop, or none in both cases.
-if sys.version_info >= (3, 12):
-    where = asyncio._get_running_loop
-    NOWHERE: object = None
-else:
-    where = sys.get_asyncgen_hooks
-    NOWHERE = (None, None)
+# Which event loop is this? Asked once per call, so it has to be cheap; see there. Compare results with ==; equal means the same
+# running loop, or none in both cases.
+where = loop_mark
+NOWHERE: object = None
 """``where()`` tells running loops apart; ``NOWHERE`` is what it returns in a thread without one."""
 
 STOP_TIMEOUT_S = 2.0
@@ -41,7 +36,7 @@ def new_event_loop() -> asyncio.AbstractEventLoop:
 
 def check_may_block() -> None:
     """Raise `RuntimeError` if this thread runs an event loop, which a blocking call would stop."""
-    if asyncio._get_running_loop() is not None:
+    if where() is not None:
         raise RuntimeError(
             "a blocking call of dynwire was made in a thread that runs an event loop, which would stop while it waits; "
             "use AsyncNetworkManager with await there, or make the call in a thread (asyncio.to_thread)"

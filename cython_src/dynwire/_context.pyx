@@ -14,9 +14,25 @@ cdef extern from "Python.h":
     void Py_DECREF(PyObject *)
     void PyErr_WriteUnraisable(object)
 
+cdef extern from *:
+    """
+    static PyObject *dw_asyncgen_hook(void) { return PyThreadState_Get()->async_gen_finalizer; }
+    """
+    PyObject *dw_asyncgen_hook()
+
 cdef object current_var = contextvars.ContextVar("dynwire_context", default=None)
 cdef object _monotonic = time.monotonic
 cdef object _unpack = msgspec.msgpack.decode
+
+def loop_mark():
+    """An object that tells running event loops apart, or None in a thread that runs none.
+
+    It is the hook that a running loop sets for async generators, read from the thread's state: up to Python 3.11
+    ``asyncio._get_running_loop`` asks the system for the process id each time, which costs more than all else in a call.
+    """
+    cdef PyObject *hook = dw_asyncgen_hook()
+    return None if hook is NULL else <object>hook
+
 
 INHERITED_HEADERS = ("traceparent", "tracestate", "baggage")
 """Headers that a nested call takes over from the request it is made in (W3C Trace Context, W3C Baggage)."""

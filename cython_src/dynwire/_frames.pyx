@@ -752,8 +752,10 @@ cdef class WireConnection:
         if flags & F_FRAGMENTED:
             self.add_large(stream, owner)
             dw_st32(out, <uint32_t>n)
-        elif n:
-            memcpy(out, p, n)
+        else:
+            self.small_until = self.now + _SMALL_S
+            if n:
+                memcpy(out, p, n)
         stream.mark = self.tx_frames_bytes + self.output_backlog()
         self.oend += size
         self.tx_frames += 1
