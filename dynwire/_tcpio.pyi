@@ -25,6 +25,7 @@ class RequestOptions:
         self,
         *,
         accept_timeout: float,
+        connect_timeout: float = 3.0,
         total_timeout: float | None = None,
         codec: str = "msgpack",
         channel_buffer: int = 100,
@@ -36,6 +37,9 @@ class RequestOptions:
 # Constructors with **limits are written as __new__: stubs of __init__ are compared with the compiled signature by name.
 @disjoint_base
 class AsyncConnection(WireConnection):
+    on_drained: Callable[[], object] | None
+    @property
+    def unsent(self) -> bool: ...
     on_closed: Callable[[Any, DynwireError], object] | None
     def __new__(
         cls,
@@ -140,7 +144,7 @@ class BlockingConnection(WireConnection):
 @disjoint_base
 class BlockingPool:
     def __init__(
-        self, address: str, limit: int, open_connection: Callable[[BlockingPool, float | None], BlockingConnection]
+        self, address: str, limit: int, open_connection: Callable[[BlockingPool, float], BlockingConnection]
     ) -> None: ...
     @property
     def limit(self) -> int: ...

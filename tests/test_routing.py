@@ -108,7 +108,7 @@ def test_direct_needs_an_id() -> None:
     for exclude in ((), (1,)):
         with pytest.raises(ConfigError) as caught:
             of.pick(exclude)
-        assert caught.value.name == "instance_id"
+        assert caught.value.name == "instance"
     with pytest.raises(ConfigError):
         table(0, "direct").pick()
     with pytest.raises(NoInstances, match=r"0000000000000009.*3 known"):

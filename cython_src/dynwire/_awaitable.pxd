@@ -143,6 +143,7 @@ cdef class HandlerTask(StreamBase):
     cdef int _run(self, object error) except -1
     cdef bint recyclable(self)
     cdef int release(self) except -1
+    cdef int upload_late(self) except -1
     cdef int recycle(self) except -1
 
 cdef int leave_task(object loop) except -1

@@ -571,7 +571,7 @@ cdef class ItemReader(Waiter):
     cdef int await_item(self) except -1:
         """The caller begins to wait for an item."""
         self.waiting = True
-        if self.between_items_timeout != INFINITY and self.state & S_ACCEPTED and self.delivered and self.phase_deadline == INFINITY:
+        if self.between_items_timeout != INFINITY and self.delivered and self.phase_deadline == INFINITY:
             self.set_phase("between_items", self.between_items_timeout)
         return 0
 
@@ -1123,7 +1123,8 @@ cdef class HandlerTask(StreamBase):
             elif self.evicted:
                 shown = PeerLost(f"the worker is shutting down and ended its handler of {self.entry.name}", sent="yes")
             else:
-                shown = Cancelled(f"the handler of {self.entry.name} was killed", sent="yes")
+                how = "was killed" if self.context._flags & CTX_KILLED else "cancelled itself"
+                shown = Cancelled(f"the handler of {self.entry.name} {how}", sent="yes")
         else:
             self.exception_ = error
         self.entry.failed += 1
@@ -1140,7 +1141,6 @@ cdef class HandlerTask(StreamBase):
 
     cdef int settle(self) except -1:
         """The handler's code has ended."""
-        cdef EndpointEntry entry = self.entry
         if self.settled_:
             return 0
         self.settled_ = True
@@ -1240,6 +1240,8 @@ cdef class HandlerTask(StreamBase):
 
     cdef int on_timer(self, double now) except -1:
         self.timer = INFINITY
+        if self.entry is None:
+            return self.upload_late()
         if self.done_ and self.held is None:
             return 0
         if now >= self.deadline:
@@ -1255,6 +1257,18 @@ cdef class HandlerTask(StreamBase):
         if self.deadline != INFINITY:
             self.conn.arm(self, self.deadline)
         return 0
+
+    cdef int upload_late(self) except -1:
+        """The request's payload was announced and did not arrive in time: give its memory back."""
+        cdef WireConnection conn = self.conn
+        if conn is None:
+            return 0
+        self.in_target = None
+        conn.put_error(self, 0, error_body(DeadlineExceeded(
+            f"of the request's {self.in_total} bytes only {self.in_have} arrived in time", phase="send", sent="no"
+        )))  # fmt: skip
+        conn.request_done(self)
+        return conn.wrote()
 
     cdef int on_lost(self, object error) except -1:
         """The connection is gone: the caller cannot be reached any more."""

@@ -24,6 +24,7 @@ cdef object current_var = contextvars.ContextVar("dynwire_context", default=None
 cdef object _monotonic = time.monotonic
 cdef object _unpack = msgspec.msgpack.decode
 
+
 def loop_mark():
     """An object that tells running event loops apart, or None in a thread that runs none.
 

@@ -35,6 +35,7 @@ cdef int64_t _CREDIT_LIMIT = <int64_t>1 << 40
 # Set in the first half of a PING whose other bits tell how much of large payloads stands before it.
 cdef uint32_t _MARK = 0x80000000
 cdef double _SMALL_S = 0.05
+cdef double _UPLOAD_S = 60.0             # a request without a deadline of its own has to arrive completely within this time
 cdef size_t _UNREAD_LIMIT = 2097152
 cdef size_t _PRODUCE_LIMIT = 262144      # backlog from which handlers wait before they produce more
 cdef object _pack = msgspec.msgpack.encode
@@ -562,7 +563,8 @@ cdef class WireConnection:
             self.fail(f"a payload of {total} bytes; this side announced a limit of {self.max_message}")
         if total < FRAGMENT_FROM:
             # Such a payload has no reason to be fragmented, and each takes a block of at least that size from the pool.
-            self.fail(f"an announcement of {total} bytes, fewer than {FRAGMENT_FROM}" if total else "an announcement of an empty payload")
+            what = f"{total} bytes, fewer than {FRAGMENT_FROM}" if total else "an empty payload"
+            self.fail(f"an announcement of {what}")
         stream.in_total = total
         stream.in_have = 0
         stream.in_flags = flags
@@ -636,6 +638,7 @@ cdef class WireConnection:
             stream.in_target = target
             stream.in_meta = meta
             stream.in_arg = arg
+            self.arm(stream, self.now + (arg * 0.001 if arg else _UPLOAD_S))
             return 0
         if flags & F_KIND:
             payload = PyBytes_FromStringAndSize(<char *>body, left)
@@ -645,8 +648,6 @@ cdef class WireConnection:
 
     cdef int _window(self, uint32_t sid, uint32_t increment) except -1:
         cdef StreamBase stream
-        if increment == 0:
-            self.fail("a WINDOW frame of 0 bytes")
         if sid == CONNECTION_WINDOW_ID:
             self.send_credit += increment
             if self.send_credit > _CREDIT_LIMIT:
@@ -976,7 +977,8 @@ cdef class WireConnection:
         self.now = now
         if size > self.max_message:
             raise MessageTooLarge(
-                f"a request of {size} bytes exceeds this side's limit of {self.max_message} bytes; raise DYN_TCP_MAX_MESSAGE_SIZE",
+                f"a request of {size} bytes exceeds this side's limit of {self.max_message} bytes; raise "
+                "DYN_TCP_MAX_MESSAGE_SIZE",
                 size=size, limit=self.max_message, setting="DYN_TCP_MAX_MESSAGE_SIZE", peer=self.peer, sent="no",
             )  # fmt: skip
         if size > self.peer_max_message:
@@ -991,6 +993,8 @@ cdef class WireConnection:
                     self.blocked, f"{self.peer} does not read; {self.blocked} requests wait for its connection's writer"
                 )
             self.blocked += 1
+        if size >= FRAGMENT_FROM and <int>len(self.large) >= self.channel_buffer:
+            raise self.overloaded(len(self.large), f"{len(self.large)} large payloads already wait for {self.peer} to read")
         if self.send_credit <= 0 or self.pending or (self.free_len == 0 and self.live >= self.max_streams):
             if len(self.pending) >= self.channel_buffer:
                 raise self.overloaded(
@@ -1190,6 +1194,13 @@ cdef class WireConnection:
             return 0
         if stream.state & S_ASSEMBLING:
             self._assembly_over(stream)
+        if self.land_stream is stream and not self.is_client:
+            # Given up within a fragment. (A blocking client may be reading into that memory at this moment; servers never are.)
+            self.skip_left = self.land_left
+            self.land_left = 0
+            self.land = NULL
+            self.land_stream = None
+            self.land_block = None
         if stream.state & S_QUEUED:
             stream.state &= ~S_QUEUED
             for waiting in (self.waiting_credit, self.waiting_writer):

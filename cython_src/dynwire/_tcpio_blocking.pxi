@@ -501,8 +501,8 @@ cdef class BlockingPool:
                 return <BlockingConnection>best
             if left <= 0:
                 raise ConnectError(
-                    f"no usable connection to {self.address} within {limit:.3g} s: all {self.limit} (DYN_TCP_POOL_SIZE) are being "
-                    "opened or closed",
+                    f"no usable connection to {self.address} within {limit:.3g} s: all {self.limit} (DYN_TCP_POOL_SIZE) are "
+                    "being opened or closed",
                     peer=self.address,
                 )
             with self.changed:

@@ -44,6 +44,7 @@ async def test_a_peer_that_does_not_read(managers: Managers, start_worker: Start
     async with managers(tcp_channel_buffer=10, tcp_pool_size=1, tcp_stream_window=65536) as manager:
         client = DirectClient(manager, "f.w.echo", worker.address)
         await client.call(0)
+        await asyncio.sleep(0.1)  # large payloads wait for the peer's answers as long as small calls are recent
         worker.signal(signal.SIGSTOP)
         running = [asyncio.create_task(fails(client.call(b"x" * 8_000_000, 3.0), dynwire.DynwireError)) for _ in range(3)]
         await asyncio.sleep(0.2)

@@ -60,7 +60,7 @@ async def one_stream(client: DirectClient, n: int) -> str:
     return "ok"
 
 
-@pytest.mark.parametrize("seed", [1, 2, 4])
+@pytest.mark.parametrize("seed", [1, 2, 3])
 @pytest.mark.parametrize("kind", ["unary", "large", "stream"])
 async def test_random_ends_of_connections(
     managers: Managers, start_worker: StartWorker, discovery_dir: Path, kind: str, seed: int
@@ -68,7 +68,7 @@ async def test_random_ends_of_connections(
     worker = start_worker()
     rng = random.Random(seed)
     payload = random.Random(seed).randbytes(200 * 1024)
-    up, down = {"unary": (1000, 1000), "large": (450_000, 450_000), "stream": (1000, 45_000)}[kind]
+    up, down = {"unary": (1000, 1000), "large": (3_000_000, 3_000_000), "stream": (1000, 45_000)}[kind]
 
     def plan(number: int) -> tuple[Faults, Faults]:
         return faults_for(rng, up), faults_for(rng, down)

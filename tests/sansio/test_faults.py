@@ -12,12 +12,25 @@ from dynwire.errors import BY_CODE, DynwireError, Overloaded, ProtocolError, Rem
 from dynwire.wire.faults import error_body, error_from_body, for_request, handler_error_body
 
 
+def field_value(name: str) -> object:
+    return 7 if name in ("depth", "limit", "size", "offset", "retry_after", "timeout") else "seven"
+
+
+def test_fields_of_the_wrong_type_are_not_taken_over() -> None:
+    """A peer's ``retry_after`` is calculated with."""
+    body = error_body(Overloaded("full", depth=1))
+    forged = body.replace(b"\xa5depth\x01", b"\xa5depth\xa1x")
+    assert forged != body
+    back = error_from_body(forged, peer=None, request_id=None)
+    assert isinstance(back, Overloaded) and back.depth is None
+
+
 @pytest.mark.parametrize("code", BY_CODE)
 def test_every_class_survives_the_wire(code: str) -> None:
     error = BY_CODE[code]("what happened", phase="accept", sent="no", retryable=True, details={"a": [1, None]})
     for name in error.own_fields:
         if name not in ("type_name", "message", "delivered"):
-            setattr(error, name, 7)
+            setattr(error, name, field_value(name))
     back = error_from_body(error_body(error), peer="p:1", request_id="r-1")
     assert type(back) is type(error)
     assert (back.phase, back.sent, back.retryable, back.details) == ("accept", "no", True, {"a": [1, None]})
@@ -25,7 +38,7 @@ def test_every_class_survives_the_wire(code: str) -> None:
     assert "what happened" in str(back)
     for name in error.own_fields:
         if name not in ("type_name", "message", "delivered"):
-            assert getattr(back, name) == 7
+            assert getattr(back, name) == field_value(name)
 
 
 def test_a_handlers_exception() -> None:

@@ -149,7 +149,7 @@ class ConnectionPool:
             connection.close()
             raise
         if connection.dead:  # HELLO and a farewell came together
-            raise handshake_error(self.address, connection.close_error)
+            raise handshake_error(self.address, connection.close_error or PeerLost("closed", peer=self.address))
         self._connections.append(connection)
 
     def _gone(self, connection: Any, error: DynwireError) -> None:
