@@ -24,7 +24,7 @@ export PIP_NO_INPUT := 1
 # with -j, several pip would install into the same environment at once
 .NOTPARALLEL:
 
-.PHONY: help build demo test test-all test-asan lint format bench bench-short clean
+.PHONY: help build demo test test-all test-asan fuzz lint format bench bench-short clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS=$$'\t' read -r name text; do \
@@ -73,6 +73,9 @@ bench-short: build $(VENV)/.stamp-extra-bench  ## the same in under three minute
 
 test: build $(VENV)/.stamp-extra-test $(VENV)/.stamp-extra-lint  ## build, then linters, types and all tests; ARGS='-k name'
 	$(BIN)/python -m pytest $(ARGS)
+
+fuzz: build $(VENV)/.stamp-extra-test  ## a million random and mutated byte strings into the codec (two minutes)
+	DYNWIRE_FUZZ_CASES=1000000 $(BIN)/python -m pytest tests/sansio/test_fuzz.py $(ARGS)
 
 lint: build $(VENV)/.stamp-extra-test $(VENV)/.stamp-extra-lint  ## ruff, cython-lint, mypy, stubtest
 	$(BIN)/python tests/test_lint.py

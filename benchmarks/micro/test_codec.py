@@ -1,10 +1,10 @@
 """How long do the compiled codec and the pool take, without sockets?"""
 
 import pytest
-from dynwire._buffers import BufferPool
-from dynwire._frames import EventConnection
 
 from dynwire import Context, Payload
+from dynwire._buffers import BufferPool
+from dynwire._frames import EventConnection
 from dynwire.codec import KIND_JSON, KIND_MSGPACK, encode, unpack
 
 OBJECT = {"id": 1, "model": "demo", "tokens": [1, 20, 300], "stream": False}
