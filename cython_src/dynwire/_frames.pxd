@@ -150,7 +150,6 @@ cdef class WireConnection:
     cdef readonly uint64_t rx_frames
     cdef readonly uint64_t tx_frames
     cdef bint preface_done
-    cdef bint parsing
     cdef public double last_rx
     cdef double now
     # send

@@ -965,6 +965,13 @@ cdef class WireConnection:
             self.large.rotate(-1)
         return n - take
 
+    def stats(self):
+        """Counters of the connection, for diagnostics and tests."""
+        return {
+            "peer": self.peer, "streams": self.live, "rx_bytes": self.rx_bytes, "landed_bytes": self.landed_bytes,
+            "rx_frames": self.rx_frames, "tx_frames": self.tx_frames, "backlog": self.output_backlog(), "draining": self.draining,
+        }  # fmt: skip
+
     # ---- requests (client) -----------------------------------------------------------------------------------------------
 
     cdef int submit(self, StreamBase stream, str endpoint, object data, int kind, bytes meta, double deadline, double due,

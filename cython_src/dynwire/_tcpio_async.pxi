@@ -332,13 +332,6 @@ cdef class AsyncConnection(WireConnection):
                 self.flush()
             self.lost(error or ManagerClosed(f"the connection to {self.peer} was closed", peer=self.peer, sent="maybe"))
 
-    def stats(self):
-        """Counters of the connection, for diagnostics and tests."""
-        return {
-            "peer": self.peer, "streams": self.live, "rx_bytes": self.rx_bytes, "landed_bytes": self.landed_bytes,
-            "rx_frames": self.rx_frames, "tx_frames": self.tx_frames, "backlog": self.output_backlog(), "draining": self.draining,
-        }  # fmt: skip
-
 
 cdef class AsyncClientConnection(AsyncConnection):
     """The calling side."""
@@ -487,13 +480,7 @@ cdef class AsyncTcpChannel(ChannelBase):
     def stream(self, payload, timeouts=None, reply_type=None, Context context=None):
         cdef ItemReader reader = ItemReader.__new__(ItemReader)
         if context is None:
-            context = Context.__new__(Context)
-            context._deadline = INFINITY
-            parent = current_context()
-            if parent is not None:
-                context._deadline = parent._deadline
-                if parent._headers is not None:
-                    context._headers = {k: v for k, v in parent.headers.items() if k in INHERITED_HEADERS}
+            context = inheriting_context()
         self.start(reader, payload, timeouts, reply_type, context)
         reader.source = reader.conn if reader.conn is not None else self.conn
         return make_item_stream(reader)

@@ -81,7 +81,6 @@ cdef class BlockingConnection(WireConnection):
     cdef int spin_misses
     cdef double idle_since
     cdef readonly object owner       # pool, until the connection is gone
-    cdef bint hello_seen
 
     def __init__(self, sock, peer, RequestOptions options, owner, **limits):
         super().__init__(True, **limits)
@@ -408,13 +407,6 @@ cdef class BlockingConnection(WireConnection):
         self.reader_active = self.writer_active = False
         self.sock.close()
 
-    def stats(self):
-        """Counters of the connection, for diagnostics and tests."""
-        return {
-            "peer": self.peer, "streams": self.live, "rx_bytes": self.rx_bytes, "landed_bytes": self.landed_bytes,
-            "rx_frames": self.rx_frames, "tx_frames": self.tx_frames, "backlog": self.output_backlog(), "draining": self.draining,
-        }  # fmt: skip
-
 
 cdef inline bint settled(Waiter call):
     """Is there something to hand to the waiting thread?"""
@@ -638,13 +630,7 @@ cdef class BlockingTcpChannel(ChannelBase):
         cdef BlockingConnection conn
         cdef BlockingItemStream stream
         if context is None:
-            context = Context.__new__(Context)
-            context._deadline = INFINITY
-            parent = current_context()
-            if parent is not None:
-                context._deadline = parent._deadline
-                if parent._headers is not None:
-                    context._headers = {k: v for k, v in parent.headers.items() if k in INHERITED_HEADERS}
+            context = inheriting_context()
         conn = self.start(reader, payload, timeouts, reply_type, context)
         reader.source = conn
         stream = BlockingItemStream.__new__(BlockingItemStream)

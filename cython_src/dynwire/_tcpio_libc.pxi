@@ -4,12 +4,10 @@ import asyncio
 import errno as errno_module
 import hmac
 import os
-import socket as socket_module
 import threading
-from contextvars import copy_context
 
 import msgspec
-from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
+from cpython.bytes cimport PyBytes_CheckExact
 from cpython.object cimport PyObject
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.math cimport INFINITY
@@ -25,38 +23,24 @@ from ._awaitable cimport (
     EndpointEntry,
     HandlerTask,
     ItemReader,
-    ItemStream,
     Waiter,
     leave_task,
     make_item_stream,
     wake_readers,
 )
-from ._buffers cimport Payload
-from ._context cimport CTX_KILLED, CTX_STOPPED, Context, current_context
+from ._context cimport CTX_KILLED, Context, current_context
 from ._frames cimport (
-    FRAGMENT_FROM,
     HEADER_BYTES,
-    ITEM_OVERHEAD,
     MAX_CHUNKS,
     META_LIMIT,
-    S_ACCEPTED,
-    S_ENDED,
-    S_PENDING,
-    S_SENDING,
-    S_WRITTEN,
-    S_ZOMBIE,
-    T_ACCEPT,
-    T_PING,
     StreamBase,
     WireConnection,
     dw_chunk,
 )
 
-from . import errors as _errors
 from ._context import INHERITED_HEADERS
 from .codec import encode as _encode_with, msgpack_encode
 from .errors import (
-    BY_CODE,
     Cancelled,
     ConfigError,
     ConnectError,
@@ -124,8 +108,6 @@ cdef extern from *:
 
 cdef extern from "Python.h":
     int PyObject_CheckBuffer(object)
-    int PyObject_GetBuffer(object, Py_buffer *, int) except -1
-    void PyBuffer_Release(Py_buffer *)
     int PyErr_CheckSignals() except -1
     Py_ssize_t Py_REFCNT(object)
 
@@ -262,6 +244,23 @@ cdef int set_limits(Waiter call, RequestOptions options, object timeouts, Contex
     return 0
 
 
+cdef dict inherited_headers(Context parent):
+    headers = parent.headers
+    return {name: headers[name] for name in INHERITED_HEADERS if name in headers}
+
+
+cdef Context inheriting_context():
+    """A context for a stream whose caller gave none: deadline and trace are those of the surrounding request, if there is one."""
+    cdef Context context = Context.__new__(Context)
+    cdef Context parent = current_context()
+    context._deadline = INFINITY
+    if parent is not None:
+        context._deadline = parent._deadline
+        if parent._headers is not None:
+            context._headers = inherited_headers(parent)
+    return context
+
+
 cdef bytes request_meta(Context context):
     """Headers and id that travel with a request: those of its own context, or the trace of the surrounding request."""
     cdef Context parent
@@ -270,9 +269,7 @@ cdef bytes request_meta(Context context):
     parent = current_context()
     if parent is None or parent._headers is None:
         return None
-    headers = parent.headers
-    inherited = {name: headers[name] for name in INHERITED_HEADERS if name in headers}
-    return make_meta(None, inherited)
+    return make_meta(None, inherited_headers(parent))
 
 
 GOAWAY_ERRORS = {
