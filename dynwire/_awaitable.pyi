@@ -6,7 +6,7 @@ from typing import IO, Any, Self
 from typing_extensions import disjoint_base
 
 from ._context import Context
-from ._frames import StreamBase
+from ._link import StreamBase
 from .codec import msgpack_encode as msgpack_encode
 from .types import Handler, Instance
 

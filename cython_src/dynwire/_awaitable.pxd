@@ -2,7 +2,7 @@ from cpython.object cimport PyObject
 from libc.stdint cimport uint32_t
 
 from ._context cimport Context
-from ._frames cimport StreamBase, WireConnection
+from ._link cimport Link, StreamBase
 
 cdef class ChannelBase:
 
@@ -43,7 +43,7 @@ cdef class Waiter(StreamBase):
     cdef str sent_state(self)
     cdef int fail_with(self, object error, bint direct) except -1
     cdef int rearm(self) except -1
-    cdef int give_up(self, WireConnection conn) except -1
+    cdef int give_up(self, Link conn) except -1
     cdef object timeout_error(self, double now)
 
 cdef class CallFuture(Waiter):
@@ -64,7 +64,7 @@ cdef class ItemReader(Waiter):
     cdef readonly long delivered
     cdef double first_item_timeout
     cdef double between_items_timeout
-    cdef WireConnection source       # its connection, also after the last item has arrived
+    cdef Link source       # its connection, also after the last item has arrived
     cdef int take(self, PyObject **result) except? -1
     cdef int finish(self, object error) except -1
     cdef object closed_error(self)
@@ -130,7 +130,7 @@ cdef class HandlerTask(StreamBase):
     cdef object peer
     cdef bint tracebacks
 
-    cdef int begin(self, WireConnection conn, EndpointEntry entry, object payload, int kind, bytes meta, double deadline,
+    cdef int begin(self, Link conn, EndpointEntry entry, object payload, int kind, object meta, double deadline,
                    double accept_at, object base_context) except -1
     cdef int step(self, object error) except -1
     cdef int suspend(self, object future) except -1
@@ -147,4 +147,4 @@ cdef class HandlerTask(StreamBase):
     cdef int recycle(self) except -1
 
 cdef int leave_task(object loop) except -1
-cdef int wake_readers(WireConnection conn) except -1
+cdef int wake_readers(Link conn) except -1

@@ -27,17 +27,15 @@ from libc.stdint cimport uint32_t
 from libc.stdlib cimport free, realloc
 
 from ._context cimport CTX_KILLED, CTX_STOPPED, Context, current_var
-from ._frames cimport (
-    ITEM_OVERHEAD,
+from ._link cimport (
     S_ACCEPTED,
     S_ENDED,
     S_PENDING,
     S_SENDING,
     S_STOP_EARLY,
     S_WRITTEN,
-    T_ACCEPT,
+    Link,
     StreamBase,
-    WireConnection,
 )
 
 from .codec import encode, msgpack_encode, unpack
@@ -108,7 +106,7 @@ cdef int leave_task(object loop) except -1:
     return 0
 
 
-cdef int wake_readers(WireConnection conn) except -1:
+cdef int wake_readers(Link conn) except -1:
     """Wake those for whom items have come since the last call."""
     cdef ItemReader reader
     cdef list readers = conn.to_wake
@@ -310,7 +308,7 @@ cdef class Waiter(StreamBase):
         return 0
 
     cdef int on_timer(self, double now) except -1:
-        cdef WireConnection conn = self.conn
+        cdef Link conn = self.conn
         self.timer = INFINITY
         if now < min(self.total_deadline, self.phase_deadline):
             self.timer = min(self.total_deadline, self.phase_deadline)
@@ -320,7 +318,7 @@ cdef class Waiter(StreamBase):
         self.give_up(conn)
         return 0
 
-    cdef int give_up(self, WireConnection conn) except -1:
+    cdef int give_up(self, Link conn) except -1:
         """Nobody waits for the reply any more."""
         if conn is not None:
             if self.state & S_PENDING:
@@ -331,6 +329,9 @@ cdef class Waiter(StreamBase):
 
     cdef int on_error(self, int code, bytes body) except -1:
         error = error_from_body(body, peer=self.channel.peer if self.channel is not None else None, request_id=self.request_id())
+        return self.fail_with(error, True)
+
+    cdef int on_fault(self, object error) except -1:
         return self.fail_with(error, True)
 
     cdef int on_lost(self, object error) except -1:
@@ -345,7 +346,7 @@ cdef class CallFuture(Waiter):
     """One unary call in flight; awaited by exactly one task, or used like a future by gather, wait_for and the like."""
 
     cdef int on_item(self, object item, int kind, bint last) except -1:
-        cdef WireConnection conn
+        cdef Link conn
         if self.outcome != PENDING:
             return 0
         if not last:
@@ -403,7 +404,7 @@ cdef class CallFuture(Waiter):
 
     def _cancel_request(self, int kind):
         """``context.stop()`` (1) or ``context.kill()`` (2) on the caller's side."""
-        cdef WireConnection conn = self.conn
+        cdef Link conn = self.conn
         if self.outcome != PENDING:
             return
         if kind == 1:
@@ -425,7 +426,7 @@ cdef class CallFuture(Waiter):
         return self.outcome == CANCELLED
 
     def cancel(self, msg=None):
-        cdef WireConnection conn = self.conn
+        cdef Link conn = self.conn
         if self.outcome != PENDING:
             return False
         self.outcome = CANCELLED
@@ -518,10 +519,10 @@ cdef class ItemReader(Waiter):
     # ---- from the connection ----
 
     cdef int on_item(self, object item, int kind, bint last) except -1:
-        cdef Py_ssize_t size = len(item)
+        cdef Py_ssize_t cost = len(item) + self.source.item_overhead
         if self.closed:
-            if self.source is not None and not self.source.dead:
-                self.source.consumed(None, size + ITEM_OVERHEAD)
+            if not self.source.dead:
+                self.source.consumed(None, cost)
             return 0
         if kind or self.reply_type is not None:
             try:
@@ -533,10 +534,10 @@ cdef class ItemReader(Waiter):
                 conn = self.conn
                 self.finish(error)
                 self.give_up(conn)
-                if self.source is not None and not self.source.dead:
-                    self.source.consumed(None, size + ITEM_OVERHEAD)
+                if not self.source.dead:
+                    self.source.consumed(None, cost)
                 return self.wake(False)
-        self.add(item, size + ITEM_OVERHEAD)
+        self.add(item, cost)
         if last:
             self.finish(None)
         else:
@@ -546,7 +547,7 @@ cdef class ItemReader(Waiter):
                 self.set_phase("between_items", INFINITY)
         if self.waiting and self.callback is not None:
             # Once for all items that have come together, not once for each.
-            if self.source is not None and self.source.in_dispatch:
+            if self.source.in_dispatch:
                 if not self.wake_queued:
                     self.wake_queued = True
                     self.source.to_wake.append(self)
@@ -612,7 +613,7 @@ cdef class ItemReader(Waiter):
         return 0
 
     def _cancel_request(self, int kind):
-        cdef WireConnection conn = self.conn
+        cdef Link conn = self.conn
         if self.finished:
             return
         if kind == 1:
@@ -629,7 +630,7 @@ cdef class ItemReader(Waiter):
 
     def close(self):
         """Give up: kills the handler if it still runs, drops queued items. May be called twice."""
-        cdef WireConnection conn = self.conn
+        cdef Link conn = self.conn
         cdef Py_ssize_t i
         cdef long cost = 0
         if self.closed:
@@ -814,14 +815,14 @@ cdef class HandlerTask(StreamBase):
     def __init__(self):
         raise TypeError("made by the server only")
 
-    cdef int begin(self, WireConnection conn, EndpointEntry entry, object payload, int kind, bytes meta, double deadline,
+    cdef int begin(self, Link conn, EndpointEntry entry, object payload, int kind, object meta, double deadline,
                    double accept_at, object base_context) except -1:
         cdef Context context = Context.__new__(Context)
         cdef object request
         self.entry = entry
         self.peer = conn.peer
         self.deadline = deadline
-        self.reply_kind = kind
+        self.reply_kind = self.reply_kind_ or kind
         self._log_destroy_pending = True
         context._deadline = deadline
         context._headers = meta
@@ -862,7 +863,7 @@ cdef class HandlerTask(StreamBase):
         cdef int state
         cdef object value
         cdef bint batch
-        cdef WireConnection conn
+        cdef Link conn
         if self.done_:
             return 0
         if self._must_cancel:
@@ -999,7 +1000,7 @@ cdef class HandlerTask(StreamBase):
     cdef int emit(self, object item, bint last) except -1:
         """Send an item, or hold it until there is credit. Returns whether the next one may be produced."""
         cdef Py_buffer view
-        cdef WireConnection conn = self.conn
+        cdef Link conn = self.conn
         cdef int kind = 0
         if conn is None:
             return 0 if last else 1  # the caller is gone; the handler has been killed and will notice
@@ -1051,7 +1052,7 @@ cdef class HandlerTask(StreamBase):
 
     cdef int emit_held(self) except -1:
         cdef Py_buffer view
-        cdef WireConnection conn = self.conn
+        cdef Link conn = self.conn
         cdef object item = self.held
         if conn is None or not conn.may_send(self):
             return 0
@@ -1108,7 +1109,7 @@ cdef class HandlerTask(StreamBase):
 
     cdef int finish_error(self, object error, bint ours) except -1:
         """End with an error: one that the handler raised, or (``ours``) one of the server's own."""
-        cdef WireConnection conn = self.conn
+        cdef Link conn = self.conn
         cdef object shown = error
         self.done_ = True
         self.held = None
@@ -1190,6 +1191,8 @@ cdef class HandlerTask(StreamBase):
         self.exception_ = None
         self.cancel_message_ = None
         self.in_meta = None
+        self.under = None
+        self.reply_kind_ = 0
         self.state = 0
         self.refund = 0
         self.timer = INFINITY
@@ -1252,7 +1255,7 @@ cdef class HandlerTask(StreamBase):
             return self.kill()
         if not self.item_sent and not self.state & S_ACCEPTED:
             self.state |= S_ACCEPTED
-            self.conn.put_frame(T_ACCEPT, 0, 0, self.sid, 0, NULL, 0)
+            self.conn.put_accept(self)
             self.conn.wrote()
         if self.deadline != INFINITY:
             self.conn.arm(self, self.deadline)
@@ -1260,7 +1263,7 @@ cdef class HandlerTask(StreamBase):
 
     cdef int upload_late(self) except -1:
         """The request's payload was announced and did not arrive in time: give its memory back."""
-        cdef WireConnection conn = self.conn
+        cdef Link conn = self.conn
         if conn is None:
             return 0
         self.in_target = None

@@ -1,4 +1,4 @@
-# Connections of the blocking side: callers' threads do the I/O themselves. The file is included by _tcpio.pyx.
+# Connections of the blocking side: callers' threads do the I/O themselves. Included by _tcpio.pyx and _httpio.pyx.
 #
 # One thread at a time reads a connection (the leader); it completes the calls of the others and wakes them. When its own call is
 # done it hands the reading over to one that still waits. One thread at a time writes, and takes along what others have queued.
@@ -68,7 +68,7 @@ cdef class BlockingReader(ItemReader):
         return 0
 
 
-cdef class BlockingConnection(WireConnection):
+cdef class BlockingConnection(Machine):
     """A client connection without an event loop. Any thread may use it."""
 
     cdef int fd
@@ -146,7 +146,7 @@ cdef class BlockingConnection(WireConnection):
                 total = 0
                 for i in range(n):
                     total += chunks[i].len
-                self.handed_bytes = self.tx_frames_bytes + (self.wend - self.wpos)
+                self.handed_bytes = self.handed_upto()
                 with nogil:
                     written = dw_sendmsg(fd, chunks, n, MSG_DONTWAIT | MSG_NOSIGNAL)
                     code = errno
@@ -208,33 +208,24 @@ cdef class BlockingConnection(WireConnection):
 
     cdef int read_in(self, double seconds) except -1:
         """Read once, waiting at most ``seconds``; the caller is the leader or the only user."""
-        cdef unsigned char *base
-        cdef size_t size
+        cdef dw_chunk targets[MAX_TARGETS]
+        cdef int places
         cdef ssize_t n = -1
-        cdef iovec iov[2]
         cdef pollfd p
         cdef int fd = self.fd
         cdef int code = EAGAIN
         cdef int r = 1
-        cdef bint landing
         cdef double spin_until
         if self.dead:
             return 0
         self.reader_active = True
         try:
-            self.recv_target(&base, &size)
-            landing = self.land_left > 0
-            if landing:
-                self.rpos = self.rend = 0
-                iov[0].iov_base = base
-                iov[0].iov_len = size
-                iov[1].iov_base = self.rbuf
-                iov[1].iov_len = HEADER_BYTES
+            places = self.recv_targets(targets)
             with nogil:
                 if self.spin_s > 0 and seconds > 0 and self.spin_misses < 16:
                     spin_until = dw_now() + self.spin_s
                     while True:
-                        n = readv(fd, iov, 2) if landing else c_recv(fd, base, size, MSG_DONTWAIT)
+                        n = dw_recv(fd, targets, places, MSG_DONTWAIT)
                         code = errno
                         if n >= 0 or code != EAGAIN or dw_now() >= spin_until:
                             break
@@ -244,41 +235,34 @@ cdef class BlockingConnection(WireConnection):
                     else:
                         self.spin_misses = 0
                 if n < 0 and code == EAGAIN:
-                    if seconds < SLICE_MS * 0.001 or landing:
+                    if seconds < SLICE_MS * 0.001:
                         p.fd = fd
                         p.events = POLLIN
                         p.revents = 0
                         r = poll(&p, 1, <int>(seconds * 1000 + 0.999))
                         code = errno
                         if r > 0:
-                            n = readv(fd, iov, 2) if landing else c_recv(fd, base, size, MSG_DONTWAIT)
+                            n = dw_recv(fd, targets, places, MSG_DONTWAIT)
                             code = errno
                         elif r == 0:
                             code = EAGAIN
                     else:
-                        n = c_recv(fd, base, size, 0)  # the socket's own timeout is one slice
+                        n = dw_recv(fd, targets, places, 0)  # the socket's own timeout is one slice
                         code = errno
             if self.dead:
                 return 0
             # Still the leader: what is called back may run Python code, and with it other threads.
-            return self.take_in(n, code, landing, size)
+            return self.take_in(n, code)
         finally:
             self.reader_active = False
             if self.dead:
                 self.close_descriptor()
 
-    cdef int take_in(self, ssize_t n, int code, bint landing, size_t size) except -1:
+    cdef int take_in(self, ssize_t n, int code) except -1:
         """Deal with the outcome of a read. Returns 1 if something came."""
-        cdef size_t first
         if n > 0:
             try:
-                if landing:
-                    first = min(<size_t>n, size)
-                    self.received(first, dw_now())
-                    if <size_t>n > first:
-                        self.received(n - first, self.now)
-                else:
-                    self.received(n, dw_now())
+                self.received(n, dw_now())
             except DynwireError as error:
                 if self.ready:
                     self.put_goaway(GOAWAY_PROTOCOL, str(error))
@@ -301,7 +285,7 @@ cdef class BlockingConnection(WireConnection):
     cdef int tick(self, double now) except -1:
         """Timers of all calls on the connection, and the keep-alive ping."""
         if now >= self.next_wakeup() and not self.dead:
-            self.sweep(now)
+            self.time_passed(now)
             if not self.dead and not self.check_alive(now):
                 self.lost(silent_error(self, now))
         return 0

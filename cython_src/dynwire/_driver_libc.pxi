@@ -1,4 +1,4 @@
-# System calls and small helpers shared by the drivers. The file is included by _tcpio.pyx.
+# System calls and small helpers shared by the drivers. Included by _tcpio.pyx and _httpio.pyx.
 
 import asyncio
 import errno as errno_module
@@ -29,12 +29,12 @@ from ._awaitable cimport (
     wake_readers,
 )
 from ._context cimport CTX_KILLED, Context, current_context
-from ._frames cimport (
-    HEADER_BYTES,
+from ._link cimport (
     MAX_CHUNKS,
+    MAX_TARGETS,
     META_LIMIT,
+    Link,
     StreamBase,
-    WireConnection,
     dw_chunk,
 )
 
@@ -60,18 +60,11 @@ from .types import Timeouts
 from .wire.faults import error_body, for_request
 
 cdef extern from "<sys/socket.h>" nogil:
-    ssize_t c_recv "recv"(int fd, void *buf, size_t n, int flags)
     ssize_t c_send "send"(int fd, const void *buf, size_t n, int flags)
     int MSG_DONTWAIT
     int MSG_NOSIGNAL
     int SHUT_RDWR
     int c_shutdown "shutdown"(int fd, int how)
-
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-    ssize_t readv(int fd, const iovec *iov, int n)
 
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
@@ -102,8 +95,15 @@ cdef extern from *:
         m.msg_iov = (struct iovec *)chunks; m.msg_iovlen = (size_t)n;
         return sendmsg(fd, &m, flags);
     }
+    static inline ssize_t dw_recv(int fd, dw_chunk *targets, int n, int flags) {
+        if (n == 1) return recv(fd, (void *)targets[0].base, targets[0].len, flags);
+        struct msghdr m; memset(&m, 0, sizeof m);
+        m.msg_iov = (struct iovec *)targets; m.msg_iovlen = (size_t)n;
+        return recvmsg(fd, &m, flags);
+    }
     """
     double dw_now() nogil
+    ssize_t dw_recv(int fd, dw_chunk *targets, int n, int flags) nogil
     ssize_t dw_sendmsg(int fd, dw_chunk *chunks, int n, int flags) nogil
 
 cdef extern from "Python.h":
@@ -152,7 +152,7 @@ cdef class RequestOptions:
         self.keepalive_timeout = keepalive_timeout
         self.spin_s = spin_us * 1e-6
 
-    cdef apply(self, WireConnection conn):
+    cdef apply(self, Link conn):
         conn.channel_buffer = self.channel_buffer
         conn.keepalive_interval = self.keepalive_interval
         conn.keepalive_timeout = self.keepalive_timeout
@@ -281,7 +281,7 @@ GOAWAY_ERRORS = {
 }
 
 
-cdef object goaway_error(WireConnection conn, int code, str text):
+cdef object goaway_error(Link conn, int code, str text):
     """The peer closes the connection, or refuses it before it has begun."""
     cls = GOAWAY_ERRORS.get(code, PeerLost)
     if cls is PlaneMismatch:
@@ -289,11 +289,11 @@ cdef object goaway_error(WireConnection conn, int code, str text):
     return cls(f"{conn.peer} closed the connection: {text}", peer=conn.peer, sent="maybe")
 
 
-cdef object not_taken(WireConnection conn, str text):
+cdef object not_taken(Link conn, str text):
     return PeerLost(f"{conn.peer} is shutting down ({text}) and did not take the request", peer=conn.peer, sent="no")
 
 
-cdef object silent_error(WireConnection conn, double now):
+cdef object silent_error(Link conn, double now):
     quiet = now - max(conn.last_rx, conn.live_since)
     return PeerLost(
         f"{conn.peer} gave no sign of life for {quiet:.3g} s (a ping was not answered within {conn.keepalive_timeout:.3g} s, "
@@ -301,7 +301,7 @@ cdef object silent_error(WireConnection conn, double now):
     )  # fmt: skip
 
 
-cdef int name_request(WireConnection conn, Waiter call) except -1:
+cdef int name_request(Link conn, Waiter call) except -1:
     """Let the request's context know its id, which connection and sequence number make."""
     if call.context is not None and call.context._connection_id is None:
         call.context._connection_id = conn.connection_id

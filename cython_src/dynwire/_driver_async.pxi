@@ -1,7 +1,8 @@
-# Connections of the asyncio side, client and server. The file is included by _tcpio.pyx.
+# Connections of the asyncio side, client and server. Included by _tcpio.pyx and _httpio.pyx, which name the Machine: the state
+# machine of their wire, a subclass of Link.
 
 
-cdef class AsyncConnection(WireConnection):
+cdef class AsyncConnection(Machine):
     """A connection that lives on an event loop. Used from the loop's thread only."""
 
     cdef int fd
@@ -45,10 +46,9 @@ cdef class AsyncConnection(WireConnection):
 
     cdef int _read(self, int rounds) except -1:
         """Read what is there, at most ``rounds`` times a buffer, then write what that caused. Returns bytes read."""
-        cdef unsigned char *base
-        cdef size_t size, first
+        cdef dw_chunk targets[MAX_TARGETS]
+        cdef int places
         cdef ssize_t n
-        cdef iovec iov[2]
         cdef int total = 0
         if self.dead:
             return 0
@@ -57,36 +57,16 @@ cdef class AsyncConnection(WireConnection):
         try:
             while rounds > 0 and self.reading and not self.dead:
                 rounds -= 1
-                self.recv_target(&base, &size)
-                if self.land_left:
-                    # The rest of the fragment goes where it belongs, the header behind it into the staging buffer.
-                    self.rpos = self.rend = 0
-                    iov[0].iov_base = base
-                    iov[0].iov_len = size
-                    iov[1].iov_base = self.rbuf
-                    iov[1].iov_len = HEADER_BYTES
-                    n = readv(self.fd, iov, 2)
-                    if n > 0:
-                        total += n
-                        first = min(<size_t>n, size)
-                        self.received(first, dw_now())
-                        if <size_t>n > first:
-                            self.received(n - first, self.now)
-                        if self.to_wake:
-                            wake_readers(self)
-                        if <size_t>n < size:
-                            break
-                        continue
-                else:
-                    n = c_recv(self.fd, base, size, MSG_DONTWAIT)
-                    if n > 0:
-                        total += n
-                        self.received(n, dw_now())
-                        if self.to_wake:
-                            wake_readers(self)
-                        if <size_t>n < size:
-                            break
-                        continue
+                places = self.recv_targets(targets)
+                n = dw_recv(self.fd, targets, places, MSG_DONTWAIT)
+                if n > 0:
+                    total += n
+                    self.received(n, dw_now())
+                    if self.to_wake:
+                        wake_readers(self)
+                    if <size_t>n < targets[0].len:
+                        break
+                    continue
                 if n == 0:
                     self.lost(PeerLost(f"{self.peer} closed the connection", peer=self.peer, sent="maybe"))
                 elif errno == EINTR:
@@ -243,16 +223,11 @@ cdef class AsyncConnection(WireConnection):
         self.armed_at = INFINITY
         if self.dead:
             return
-        self.on_time(now)
+        self.time_passed(now)
         if not self.dead:
             if self.has_output() and not self.writer_blocked:
                 self.flush()
             self.set_timer()
-
-    cdef int on_time(self, double now) except -1:
-        if self.min_timer <= now:
-            self.sweep(now)
-        return 0
 
     # ---- spinning ----
 
@@ -404,8 +379,8 @@ cdef class AsyncClientConnection(AsyncConnection):
         self.blocked = 0
         return AsyncConnection.drained(self)
 
-    cdef int on_time(self, double now) except -1:
-        AsyncConnection.on_time(self, now)
+    cdef int time_passed(self, double now) except -1:
+        AsyncConnection.time_passed(self, now)
         if not self.dead and not self.check_alive(now):
             self.lost(silent_error(self, now))
         return 0
@@ -492,7 +467,6 @@ cdef class AsyncServerConnection(AsyncConnection):
     cdef object server
     cdef dict entries
     cdef object base_context
-    cdef double accept_after
     cdef HandlerTask spare           # of a handler that did not suspend, for the next request
     cdef bint tracebacks
 
@@ -524,7 +498,8 @@ cdef class AsyncServerConnection(AsyncConnection):
         task, self.spare = self.spare, None
         return HandlerTask.__new__(HandlerTask) if task is None else <HandlerTask>task
 
-    cdef int on_request(self, StreamBase stream, object target, object payload, int kind, bytes meta, uint32_t ms) except -1:
+    cdef int on_request(self, StreamBase stream, object target, object payload, int kind, object meta,
+                        uint32_t ms) except -1:
         cdef HandlerTask task = <HandlerTask>stream
         cdef EndpointEntry entry
         if self.draining and <int32_t>(stream.seq - self.goaway_seq) > 0:
