@@ -44,6 +44,11 @@ cdef extern from *:
     }
     static inline void dw_buf_free(dw_buf *b) { free(b->p); b->p = NULL; b->n = 0; b->cap = 0; }
     #endif
+    #ifndef DW_CHUNK
+    #define DW_CHUNK
+    /* What to write next: memory that stays put until the writer says how much of it was sent. */
+    typedef struct { const void *base; size_t len; } dw_chunk;
+    #endif
     """
     uint16_t dw_ld16be(const unsigned char *p) noexcept nogil
     uint32_t dw_ld24be(const unsigned char *p) noexcept nogil
@@ -60,3 +65,7 @@ cdef extern from *:
         size_t cap
     unsigned char *dw_buf_reserve(dw_buf *b, size_t n) noexcept nogil
     void dw_buf_free(dw_buf *b) noexcept nogil
+
+    ctypedef struct dw_chunk:
+        const void *base
+        size_t len

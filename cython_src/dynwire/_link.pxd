@@ -1,18 +1,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 from ._buffers cimport Block
-
-cdef extern from *:
-    """
-    #include <stddef.h>
-    #ifndef DW_CHUNK
-    #define DW_CHUNK
-    typedef struct { const void *base; size_t len; } dw_chunk;
-    #endif
-    """
-    ctypedef struct dw_chunk:
-        const void *base
-        size_t len
+from ._bytes cimport dw_chunk
 
 cdef enum:
     MAX_CHUNKS = 16              # of one write
