@@ -13,7 +13,7 @@ import binascii
 import functools
 import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 from urllib.parse import unquote
 
@@ -121,7 +121,7 @@ _KNOWN_ACCEPT = ", ".join(t.decode() for t in (JSON, NDJSON, SSE, MSGPACK, RAW, 
 HEADERS_LIMIT = 32768
 """Bytes of a request's context headers, as on the tcp plane."""
 _PLAIN_HEADERS = 64  # context headers sent as HTTP headers; receivers refuse heads of more than 100
-_CACHEABLE = 256  # bytes of a header value that may stay in a cache; what a peer sends must not make caches large
+_CACHEABLE = 512  # bytes of headers that may be the key of a cache's entry; what a peer sends must not make caches large
 _MAX_MS = 2**32 - 1
 _ACCEPT_PARTS = 64
 
@@ -159,8 +159,8 @@ _RESERVED = frozenset(
     }
 )
 _RESERVED_PREFIXES = (b":", b"accept-", b"content-", b"proxy-", b"x-dynwire-")
-_READ = frozenset(
-    {
+_NAMES = dict.fromkeys((*_RESERVED, b":scheme", b":authority"), False) | dict.fromkeys(
+    (
         b":method",
         b":path",
         b"accept",
@@ -173,8 +173,10 @@ _READ = frozenset(
         b"x-dynwire-token",
         b"x-request-id",
         b"x-request-timeout-ms",
-    }
+    ),
+    True,
 )
+"""Known names: whether `parse_head` reads them; the others among them are skipped."""
 
 _VISIBLE_ID = re.compile(rb"[!-~]{1,128}")
 _PLAIN_NAME = re.compile(r"[!#$%&'*+.^_`|~0-9a-z-]{1,128}")
@@ -222,9 +224,10 @@ def parse_head(headers: Headers, root: str) -> RequestHead:
     known: dict[bytes, bytes] = {}
     given: dict[str, str] = {}
     for name, value in headers:
-        if name in _READ:
+        wanted = _NAMES.get(name)
+        if wanted:
             known[name] = value if name != b"accept" or name not in known else known[name] + b"," + value
-        elif name not in _RESERVED and not name.startswith(_RESERVED_PREFIXES):
+        elif wanted is None and not name.startswith(_RESERVED_PREFIXES):
             key = name.decode("latin-1")
             text = _text(value)
             if key in given:  # RFC 9110 §5.3, RFC 9113 §8.2.3
@@ -232,28 +235,11 @@ def parse_head(headers: Headers, root: str) -> RequestHead:
             given[key] = text
 
     get = known.get
-    method = known[b":method"].decode("latin-1")
-    path = known[b":path"]
-    page, endpoint, stop_id = _cached(_route, path, root)
-    allowed = "GET, HEAD" if page not in ("endpoint", "stop") else "POST"
-    if method not in allowed.split(", "):
-        shown = path.partition(b"?")[0].decode("latin-1")
-        raise HttpFault(
-            405, "Method Not Allowed", f"{method[:32]} {shown[:256]}: allowed is {allowed}", [(b"allow", allowed.encode())]
-        )
-    head = RequestHead(method, path.partition(b"?")[0].decode("latin-1"), page, endpoint)
-
-    if page == "endpoint":
-        content_type = get(b"content-type")
-        kind = _KIND_FORM if content_type is None else _cached(_kind_of, content_type)
-        if kind == _KIND_FORM and "origin" not in given:
-            kind = KIND_JSON
-        if kind < 0:
-            raise _unsupported(content_type, kind == _KIND_FORM)
-        head.kind = kind
-        accept = get(b"accept")
-        if accept is not None:
-            head.shape = _cached(_shape_of, accept)
+    method, target = known[b":method"], known[b":path"]
+    content_type, accept = get(b"content-type", b""), get(b"accept", b"")
+    small = len(target) + len(content_type) + len(accept) + len(method) <= _CACHEABLE
+    meaning = _meaning if small else _meaning.__wrapped__
+    head = RequestHead(*meaning(method, target, content_type, accept, "origin" in given, root))
 
     if ("traceparent" in given or "tracestate" in given) and not _valid_traceparent(given.get("traceparent")):
         # W3C Trace Context §3.2.2: an invalid traceparent is ignored, and tracestate with it
@@ -272,13 +258,13 @@ def parse_head(headers: Headers, root: str) -> RequestHead:
         head.content_length = _number("content-length", length, 2**63 - 1, "bytes")
 
     request_id = get(b"x-request-id")
-    if stop_id:
-        head.request_id = stop_id
+    if head.request_id:
+        pass  # named by the path
     elif request_id is not None and _VISIBLE_ID.fullmatch(request_id):
         head.request_id = request_id.decode()
     elif (packed_id := get(b"x-dynwire-id")) is not None:
         head.request_id = _text(_unbase64("x-dynwire-id", packed_id))
-    if page == "stop" and not head.request_id:
+    if head.page == "stop" and not head.request_id:
         raise HttpFault(400, "Bad Request", f"which request? POST {root}/stop/<request id>, or name it in x-request-id")
 
     # The one of our own wins, so that a proxy may use `authorization` for itself.
@@ -296,17 +282,34 @@ def _text(value: bytes) -> str:
         return value.decode("latin-1")  # RFC 9110 §5.5: what obs-text means is not defined
 
 
-def _cached(function: Callable[..., Any], value: bytes, *more: Any) -> Any:
-    """The same few values come again and again; very long ones are not worth their memory."""
-    if len(value) > _CACHEABLE:
-        return function.__wrapped__(value, *more)  # type: ignore[attr-defined]  # all are made by lru_cache
-    return function(value, *more)
-
-
 @functools.lru_cache(maxsize=1024)
-def _route(target: bytes, root: str) -> tuple[Page, str, str]:
-    """Page, endpoint and id of the request to stop, of a ``:path``; raises `HttpFault` 404."""
+def _meaning(
+    method: bytes, target: bytes, content_type: bytes, accept: bytes, from_browser: bool, root: str
+) -> tuple[str, str, Page, str, int, Shape, int, int, str]:
+    """The first fields of a `RequestHead`, as far as these few headers say: the same ones come again and again."""
     path = target.partition(b"?")[0].decode("latin-1")
+    page, endpoint, stop_id = _route(path, root)
+    verb = method.decode("latin-1")
+    allowed = "GET, HEAD" if page not in ("endpoint", "stop") else "POST"
+    if verb not in allowed.split(", "):
+        raise HttpFault(
+            405, "Method Not Allowed", f"{verb[:32]} {path[:256]}: allowed is {allowed}", [(b"allow", allowed.encode())]
+        )
+    kind = KIND_JSON
+    shape: Shape = "auto"
+    if page == "endpoint":
+        kind = _kind_of(content_type)
+        if kind == _KIND_FORM and not from_browser:
+            kind = KIND_JSON
+        if kind < 0:
+            raise _unsupported(content_type, kind == _KIND_FORM)
+        if accept:
+            shape = _shape_of(accept)
+    return verb, path, page, endpoint, kind, shape, 0, 0, stop_id
+
+
+def _route(path: str, root: str) -> tuple[Page, str, str]:
+    """Page, endpoint and id of the request to stop; raises `HttpFault` 404."""
     plain = path[:-1] if path.endswith("/") and path != "/" else path
     if plain in _FIXED_PAGES:
         return _FIXED_PAGES[plain], "", ""
@@ -341,18 +344,17 @@ _KIND_UNKNOWN = -1
 _KIND_FORM = -2
 
 
-@functools.lru_cache(maxsize=256)
 def _kind_of(content_type: bytes) -> int:
     media = content_type.partition(b";")[0].strip().lower()
-    if media == _FORM:
+    if not media or media == _FORM:
         return _KIND_FORM
     if media.startswith(b"application/") and media.endswith(b"+json"):  # RFC 6839 §3.1
         return KIND_JSON
     return _CONTENT_KINDS.get(media, _KIND_UNKNOWN)
 
 
-def _unsupported(content_type: bytes | None, from_browser: bool) -> HttpFault:
-    what = "no content type" if content_type is None else f"the content type {_text(content_type)[:128]!r}"
+def _unsupported(content_type: bytes, from_browser: bool) -> HttpFault:
+    what = f"the content type {_text(content_type)[:128]!r}" if content_type else "no content type"
     text = f"{what} is not one that this plane knows; known are {_KNOWN_CONTENT}"
     if from_browser:
         text = f"{what} from a browser: pages must say {JSON.decode()}, so that foreign sites cannot send requests in secret"
@@ -360,7 +362,6 @@ def _unsupported(content_type: bytes | None, from_browser: bool) -> HttpFault:
     return HttpFault(415, "Unsupported Media Type", text, [(b"accept", b", ".join((JSON, MSGPACK, RAW)))])
 
 
-@functools.lru_cache(maxsize=256)
 def _shape_of(accept: bytes) -> Shape:
     """The shape that an Accept header asks for: highest q, then the more specific range, then the first. Raises 406."""
     best: tuple[float, int] = (0.0, -1)
