@@ -16,8 +16,8 @@ from setuptools import Extension, setup
 
 # fmt: off
 MODULES = [
-    "_buffers", "_context", "_link", "_frames", "_http2",
-    "_awaitable", "_tcpio",
+    "_buffers", "_context", "_link", "_frames", "_hpack", "_http2", "_httpwire",
+    "_awaitable", "_tcpio", "_httpio",
 ]
 # fmt: on
 

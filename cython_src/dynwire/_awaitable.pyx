@@ -826,6 +826,7 @@ cdef class HandlerTask(StreamBase):
         self._log_destroy_pending = True
         context._deadline = deadline
         context._headers = meta
+        context._id = self.in_id
         context._connection_id = conn.connection_id
         context._seq = self.seq
         context.delivery_count = 1
@@ -1191,6 +1192,7 @@ cdef class HandlerTask(StreamBase):
         self.exception_ = None
         self.cancel_message_ = None
         self.in_meta = None
+        self.in_id = None
         self.under = None
         self.reply_kind_ = 0
         self.state = 0

@@ -99,10 +99,12 @@ cdef class AsyncConnection(Machine):
         """The peer broke the protocol: tell it why, and close."""
         if self.dead:
             return 0
-        if self.preface_done and self.ready:
-            self.put_goaway(GOAWAY_PROTOCOL, str(error))
-            self.flush()
+        self.farewell(str(error))
+        self.flush()
         return self.lost(error)
+
+    cdef int broken(self, object error) except -1:
+        return self.protocol_failure(error)
 
     cdef int wrote(self) except -1:
         """Something was queued: write it at the end of the read callback or of this turn of the loop."""
@@ -192,15 +194,15 @@ cdef class AsyncConnection(Machine):
                 self.reading = True
                 self.loop.add_reader(self.fd, self._on_readable)
             self.writable_again()
-        if self.on_drained is not None and not self.has_output():
+        if self.on_drained is not None and not self.has_unsent():
             callback, self.on_drained = self.on_drained, None
             callback()
         return 0
 
     @property
     def unsent(self):
-        """True while something waits for the socket."""
-        return self.has_output()
+        """True while something waits for the socket, or for the peer to read."""
+        return self.has_unsent()
 
     # ---- time ----
 

@@ -264,10 +264,7 @@ cdef class BlockingConnection(Machine):
             try:
                 self.received(n, dw_now())
             except DynwireError as error:
-                if self.ready:
-                    self.put_goaway(GOAWAY_PROTOCOL, str(error))
-                    self.write_out(None)
-                self.lost(error)
+                self.broken(error)
             except Exception as error:
                 self.lost(PeerLost(f"the connection to {self.peer} was given up: {error!r}", peer=self.peer, sent="maybe"))
                 raise
@@ -281,6 +278,11 @@ cdef class BlockingConnection(Machine):
                 f"the connection to {self.peer} broke while receiving: {read_error_text(code)}", peer=self.peer, sent="maybe"
             ))  # fmt: skip
         return 0
+
+    cdef int broken(self, object error) except -1:
+        self.farewell(str(error))
+        self.write_out(None)
+        return self.lost(error)
 
     cdef int tick(self, double now) except -1:
         """Timers of all calls on the connection, and the keep-alive ping."""

@@ -986,6 +986,11 @@ cdef class WireConnection(Link):
     cdef int large_waiting(self):
         return len(self.large)
 
+    cdef int farewell(self, str text) except -1:
+        if self.preface_done and self.ready:
+            self.put_goaway(1, text)
+        return 0
+
     cdef int put_ping(self) except -1:
         return self.put_frame(T_PING, 0, 0, 0, 0, NULL, 0)
 

@@ -44,7 +44,9 @@ cdef class Exchange:
     cdef uint8_t item_kind
     cdef uint32_t item_size
     cdef size_t item_have
-    cdef size_t early              # bytes of the item that is arriving (or was delivered) which were refunded already
+    cdef size_t early_now          # bytes of the item that is arriving which were given back already
+    cdef size_t early              # the same for all items that the application has not taken yet
+    cdef size_t unread             # bytes of items that were delivered and that it has not taken
 
 cdef class _Events(Http2Owner):
     cdef HttpWire wire
@@ -69,10 +71,14 @@ cdef class HttpWire(Link):
     cdef Exchange h1_exchange
     cdef bint closing              # close when everything is written
     cdef readonly size_t body_bytes    # of requests that have not been answered
-    cdef object last_headers       # list that last_head was read from
-    cdef Exchange last_head
+    cdef bint in_h1_next
+    cdef public dict routes        # path -> endpoint, of usual requests; servers share one among their connections
     # client
     cdef dict prefixes             # endpoint -> constant header fields
+    cdef tuple patience            # header field
+    cdef size_t debt               # sum of all `early`: consumed bytes that the connection's window has got already
+    cdef unsigned char *landed_at
+    cdef bytes first_bytes
     cdef list stops                # request ids of which the server has to be told
     # adaptive window
     cdef double bdp_sent
@@ -86,6 +92,17 @@ cdef class HttpWire(Link):
     cdef dw_buf scratch
 
     cdef int make_engine(self) except -1
+    cdef int check_server(self, size_t n) except -1
+    cdef int h1_flush(self) except -1
+    cdef Exchange read_or_refuse(self, list headers, Http2Stream h2)
+    cdef object too_large(self, int64_t size)
+    cdef object too_much(self)
+    cdef object body_of(self, Exchange ex, const unsigned char *p, size_t n, int kind)
+    cdef object body_of_piece(self, const unsigned char *p, size_t n, int kind)
+    cdef int answer_fault(self, Exchange ex, object fault) except -1
+    cdef int put_fault(self, Exchange ex, object error) except -1
+    cdef int end_upload(self, Exchange ex) except -1
+    cdef int give_back_early(self, Exchange ex) except -1
     cdef int switch_to_h2(self) except -1
     cdef int sniff(self) except -1
     cdef int h1_received(self) except -1

@@ -20,6 +20,9 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.math cimport INFINITY
 from libc.string cimport memcpy
 
+import hmac
+from http import HTTPStatus
+
 import msgspec
 
 from ._buffers cimport Payload, default_pool, payload_copy, payload_of_block
@@ -53,6 +56,7 @@ from .errors import (
     PeerLost,
     PlaneMismatch,
     ProtocolError,
+    Unauthenticated,
 )
 from .wire import http_api
 from .wire.faults import error_from_body
@@ -112,13 +116,13 @@ cdef bytes _PATIENCE = _intern(b"x-dynwire-accept-timeout-ms")
 cdef bytes _AUTHORIZATION = _intern(b"authorization")
 cdef bytes _POST = b"POST"
 cdef bytes _OK = b"200"
-cdef bytes _ITEMS_TYPE = http_api.ITEMS.encode()
+cdef bytes _ITEMS_TYPE = http_api.ITEMS
 cdef tuple _ITEMS_FIELD = (_TYPE, _ITEMS_TYPE)
 cdef list _ITEMS_HEAD = [(_STATUS, _OK), _ITEMS_FIELD]
-cdef tuple _RAW_FIELD = (_TYPE, http_api.RAW.encode())
-cdef tuple _JSON_FIELD = (_TYPE, http_api.JSON.encode())
+cdef tuple _RAW_FIELD = (_TYPE, http_api.RAW)
+cdef tuple _JSON_FIELD = (_TYPE, http_api.JSON)
 cdef tuple _STATUS_OK = (_STATUS, _OK)
-cdef tuple _KIND_FIELDS = (_RAW_FIELD, (_TYPE, http_api.MSGPACK.encode()), _JSON_FIELD)
+cdef tuple _KIND_FIELDS = (_RAW_FIELD, (_TYPE, http_api.MSGPACK), _JSON_FIELD)
 cdef dict _NAMES = {name: name for name in (_TIMEOUT, _ID, _PATIENCE)}
 # Bounded caches: what the header values of usual requests mean.
 cdef dict _types = {}
@@ -139,6 +143,19 @@ cdef int64_t _digits(bytes value) except -2:
             return -1
         n = n * 10 + (p[i] - 48)
     return n
+
+
+cdef str _visible(bytes value):
+    """A request id as text, None if it is not 1 to 128 visible ASCII characters."""
+    cdef Py_ssize_t i
+    cdef Py_ssize_t size = PyBytes_GET_SIZE(value)
+    cdef const unsigned char *p = <const unsigned char *>PyBytes_AS_STRING(value)
+    if size == 0 or size > 128:
+        return None
+    for i in range(size):
+        if p[i] < 33 or p[i] > 126:
+            return None
+    return value.decode("ascii")
 
 
 cdef class Exchange:
@@ -382,9 +399,8 @@ cdef class HttpWire(Link):
                 self.request_data(ex, NULL, 0, True)
             else:
                 status, text = event[1], event[2]
-                problem = http_api.HttpFault(status, text, text)
                 self.h1_exchange = ex = Exchange.__new__(Exchange)
-                self.answer_fault(ex, problem)
+                self.answer_fault(ex, http_api.HttpFault(status, HTTPStatus(status).phrase, text))
         self.h1_flush()
         return 0
 
@@ -580,7 +596,7 @@ cdef class HttpWire(Link):
             else:
                 self.h1_exchange = ex
             ex.is_head = (_METHOD, b"HEAD") in headers
-            ex.request_id = http_api.request_id_of(headers)
+            ex.request_id = _visible(dict(headers).get(_ID, b""))
             self.answer_fault(ex, fault)
             return None
         ex.h2 = h2
@@ -597,7 +613,6 @@ cdef class HttpWire(Link):
         cdef object content_type = None
         cdef object accept = None
         cdef object authorization = None
-        cdef list extra = None
         cdef int64_t number
         cdef bint usual = True
         for pair in headers:
@@ -617,14 +632,14 @@ cdef class HttpWire(Link):
                 ex.length = _digits(value)
             elif name is _AUTHORIZATION:
                 authorization = value
+                usual = usual and self.token is not None
             else:
                 name = _NAMES.get(name)
                 if name is None:
-                    if extra is None:
-                        extra = []
-                    extra.append(pair)
+                    usual = False  # for the handler's context
                 elif name is _ID:
-                    ex.request_id = http_api.request_id(value)
+                    ex.request_id = _visible(value)
+                    usual = usual and ex.request_id is not None
                 else:
                     number = _digits(value)
                     if number < 0 or number > 0xFFFFFFFF:
@@ -642,16 +657,20 @@ cdef class HttpWire(Link):
                     found = _accepts.get(accept)
                     if found is not None:
                         ex.shape = found
-                        if extra is not None:
-                            ex.meta = http_api.context_headers(extra)
-                        if self.token is not None:
-                            http_api.check_token(self.token, authorization)
-                        return ex
+                        if self.token is None or hmac.compare_digest(authorization or b"", b"Bearer " + <bytes>self.token):
+                            return ex
         head = http_api.parse_head(headers, self.root)
-        if self.token is not None and head.page not in ("live", "ready"):
-            http_api.check_token(self.token, authorization)
         ex.is_head = head.method == "HEAD"
-        ex.request_id = head.request_id
+        ex.request_id = head.request_id or None
+        if self.token is not None and head.page not in ("live", "ready"):
+            if not hmac.compare_digest((head.token or "").encode(), <bytes>self.token):
+                shown = "a wrong token" if head.token else "no token"
+                ex.page = Unauthenticated(
+                    f"{shown} was shown (authorization: Bearer …); set the worker's DYNWIRE_TOKEN on the caller's side",
+                    peer=self.peer, sent="no",
+                )  # fmt: skip
+                ex.shape = _SHAPES[head.shape]
+                return ex
         if head.page != "endpoint":
             ex.page = head
             return ex
@@ -659,6 +678,7 @@ cdef class HttpWire(Link):
         ex.kind = head.kind
         ex.shape = _SHAPES[head.shape]
         ex.timeout_ms = head.timeout_ms
+        ex.accept_s = head.accept_timeout_ms / 4000.0 if head.accept_timeout_ms else INFINITY
         ex.meta = head.headers or None
         if len(self.routes) < CACHED_NAMES:
             self.routes[path] = ex.endpoint
@@ -778,8 +798,6 @@ cdef class HttpWire(Link):
         else:
             payload = self.body_of(ex, NULL, 0, ex.kind)
         stream.state &= ~S_ASSEMBLING
-        if n == 0 and ex.kind and len(payload) == 0:
-            return self.refuse_exchange(ex, http_api.empty_body(ex.kind))
         self.accept_after = ex.accept_s
         return self.on_request(stream, self.resolve(ex.endpoint), payload, ex.kind, ex.meta, ex.timeout_ms)
 
@@ -835,8 +853,6 @@ cdef class HttpWire(Link):
         cdef list fields = [(_STATUS, str(status).encode()), *headers]
         if ex.begun:
             return 0
-        if not ex.is_head:
-            fields.append((_LENGTH, str(len(body)).encode()))
         if ex.is_head or not body:
             self.reply_head(ex, fields, True)
             if ex.h2 is None:
@@ -848,48 +864,48 @@ cdef class HttpWire(Link):
         return 0
 
     cdef int answer_page(self, Exchange ex) except -1:
+        page, ex.page = ex.page, None
+        if isinstance(page, DynwireError):
+            return self.refuse_exchange(ex, page)
         try:
-            status, headers, body = self.pages(ex.page, ex.request_id)
+            status, headers, body = self.pages(page)
         except http_api.HttpFault as fault:
             return self.answer_fault(ex, fault)
-        self.answer(ex, status, headers, body)
+        self.answer(ex, status, [*headers, (_LENGTH, str(len(body)).encode())], body)
         return self.reply_ended(ex)
 
     cdef int answer_fault(self, Exchange ex, object fault) except -1:
-        status, headers, body = http_api.problem(fault, ex.request_id)
+        status, headers, body = fault.response(ex.request_id or "")
         self.answer(ex, status, headers, body)
         return self.reply_ended(ex)
 
     cdef int refuse_exchange(self, Exchange ex, object error) except -1:
         """Answer a request that no handler will see with this error."""
         cdef StreamBase stream = ex.stream
-        if stream is None:
-            if ex.shape == SH_ITEMS:
-                self.put_fault(ex, error)
-            else:
-                return self.answer_fault(ex, error)
-            return self.reply_ended(ex)
-        stream.state &= ~S_ASSEMBLING
         self.put_fault(ex, error)
-        stream.state |= S_ENDED
+        if stream is None:
+            return self.reply_ended(ex)
+        stream.state = (stream.state & ~S_ASSEMBLING) | S_ENDED
         return self.request_done(stream)
 
     cdef int put_fault(self, Exchange ex, object error) except -1:
         """End the reply with an error."""
-        cdef bytes body, data
+        cdef bytes data
         if ex.ended:
             return 0
-        if ex.shape != SH_ITEMS:
-            if not ex.begun:
-                status, headers, body = http_api.problem(error, ex.request_id)
-                return self.answer(ex, status, headers, body)
-            data = ex.encoder.error(error, ex.request_id) if ex.encoder is not None else b""
-            self.reply_data(ex, <const unsigned char *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), None, True)
-            return self.wrote()
-        data = http_api.error_item(error)
         if not ex.begun:
-            status = http_api.status_of(error)
-            self.reply_head(ex, [(_STATUS, str(status).encode()), _ITEMS_FIELD], False)
+            status, headers, data = http_api.refusal(_SHAPE_NAMES[ex.shape or SH_AUTO], error, ex.request_id or "")
+            return self.answer(ex, status, headers, data)
+        if ex.encoder is None:
+            ex.encoder = http_api.reply_encoder("items", True)
+        data = ex.encoder.error(error, ex.request_id or "")
+        if not data:  # this shape has no words for it: the reply must not look complete
+            ex.ended = True
+            if ex.h2 is not None:
+                self.engine.reset(ex.h2, INTERNAL_ERROR)
+            else:
+                self.closing = True
+            return self.wrote()
         self.reply_data(ex, <const unsigned char *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), None, True)
         return self.wrote()
 
@@ -979,14 +995,13 @@ cdef class HttpWire(Link):
                 self.h1_flush()
             return 0
         if ex.encoder is None:
-            ex.encoder = http_api.ReplyEncoder(_SHAPE_NAMES[ex.shape], unary=last)
+            ex.encoder = http_api.reply_encoder(_SHAPE_NAMES[ex.shape], not last, kind)
+        data = ex.encoder.item(PyBytes_FromStringAndSize(<char *>p, n), kind, last)
+        if not ex.begun:
             fields = [_STATUS_OK, *ex.encoder.head()]
             if ex.request_id is not None:
                 fields.append((_ID, (<str>ex.request_id).encode("latin-1")))
             self.reply_head(ex, fields, False)
-        data = ex.encoder.item(PyBytes_FromStringAndSize(<char *>p, n), kind)
-        if last:
-            data += ex.encoder.end()
         return self.reply_data(ex, <const unsigned char *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), None, last)
 
     cdef int put_end(self, StreamBase stream) except -1:
@@ -1003,7 +1018,8 @@ cdef class HttpWire(Link):
                 return 0
         else:
             if ex.encoder is None:
-                ex.encoder = http_api.ReplyEncoder(_SHAPE_NAMES[ex.shape], unary=False)
+                ex.encoder = http_api.reply_encoder(_SHAPE_NAMES[ex.shape], True)
+            if not ex.begun:
                 fields = [_STATUS_OK, *ex.encoder.head()]
                 if ex.request_id is not None:
                     fields.append((_ID, ex.request_id.encode("latin-1")))
@@ -1028,7 +1044,7 @@ cdef class HttpWire(Link):
     cdef int put_accept(self, StreamBase stream) except -1:
         cdef Exchange ex = stream.under
         if ex is None or ex.begun or ex.shape != SH_ITEMS:
-            return 0
+            return 0  # others learn the status with the first item or the error
         self.reply_head(ex, _ITEMS_HEAD, False)
         return self.h1_flush() if ex.h2 is None else 0
 
@@ -1110,12 +1126,10 @@ cdef class HttpWire(Link):
         if meta is not None:
             headers = _unpack(meta, type=dict[str, str])
             ex.request_id = headers.pop("x-request-id", None)
-            fields.extend(http_api.client_headers(headers))
+            fields.extend(http_api.request_headers(request_id=ex.request_id or "", headers=headers))
         if ex.request_id is None:
             ex.request_id = f"{self.connection_id.hex()}-{stream.seq:x}"
             fields.append((_ID, (<str>ex.request_id).encode("latin-1")))
-        else:
-            fields.extend(http_api.client_request_id(ex.request_id))
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
             large = view.len >= LARGE_ITEM
@@ -1367,8 +1381,8 @@ cdef class HttpWire(Link):
             ex = Exchange.__new__(Exchange)
             ex.h2 = h2
             h2.data = ex
-            fields = list(self.prefix_of("-.stop"))
-            fields.extend(http_api.client_request_id(self.stops.pop(0)))
+            fields = list(self.prefix_of("stop"))
+            fields.extend(http_api.request_headers(request_id=self.stops.pop(0)))
             self.engine.send_headers(h2, fields, True)
         return self.wrote()
 

@@ -36,6 +36,7 @@ cdef class StreamBase:
     cdef bint keeps_items         # (client) refunds items when the application takes them; others count as taken on arrival
     cdef object in_target         # (server) endpoint of the request that is being assembled
     cdef object in_meta
+    cdef object in_id             # (server) the caller's id of the request, where its machine reads it from elsewhere; or None
     cdef uint32_t in_arg
     cdef int64_t cost             # server: credit to refund when the request ends; client: credit left to the server here
     cdef uint64_t mark            # (client) value of tx_frames_bytes at which the request's frame begins
@@ -110,6 +111,7 @@ cdef class Link:
     cdef int on_saturation(self) except -1
     cdef int on_request_sent(self, StreamBase stream) except -1
     cdef int wrote(self) except -1
+    cdef int broken(self, object error) except -1
 
     # what machines implement: receiving
     cdef int recv_targets(self, dw_chunk *targets)
@@ -138,6 +140,8 @@ cdef class Link:
     cdef int put_ping(self) except -1
     # both
     cdef int put_goaway(self, int code, str text) except -1
+    cdef int farewell(self, str text) except -1
+    cdef bint has_unsent(self)
     cdef double next_wakeup(self)
     cdef int time_passed(self, double now) except -1
 

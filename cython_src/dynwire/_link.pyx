@@ -113,6 +113,10 @@ cdef class Link:
     cdef int wrote(self) except -1:
         return 0
 
+    cdef int broken(self, object error) except -1:
+        """The peer broke the protocol, as a timer found out: tell it, and close."""
+        return 0
+
     # ---- what machines implement ---------------------------------------------------------------------------------------
 
     cdef int recv_targets(self, dw_chunk *targets):
@@ -192,6 +196,14 @@ cdef class Link:
 
     cdef int put_goaway(self, int code, str text) except -1:
         return 0
+
+    cdef int farewell(self, str text) except -1:
+        """The peer broke the protocol: tell it so, as far as its wire has words for that."""
+        return 0
+
+    cdef bint has_unsent(self):
+        """Is there anything that the peer has not got yet, be it because the peer does not read?"""
+        return self.has_output()
 
     cdef double next_wakeup(self):
         """When `sweep` and `check_alive` want to be called."""
