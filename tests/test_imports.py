@@ -51,7 +51,7 @@ IO_MODULES = {
 IO_HEADERS = re.compile(r"(sys/(socket|epoll|uio|time|select)|netinet/.*|poll|pthread|time|unistd|errno)\.h")
 IO_CIMPORTS = re.compile(r"(posix|libc\.time|libc\.errno|cpython\.(time|pythread))\b")
 
-PLANE_INTERFACES = ("base", "pool_policy", "portal_faces")
+PLANE_INTERFACES = ("base", "sockets", "portal_faces")
 """modules of dynwire.planes that are no concrete plane"""
 
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}

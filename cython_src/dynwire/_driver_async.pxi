@@ -388,7 +388,7 @@ cdef class AsyncClientConnection(AsyncConnection):
         return 0
 
 
-cdef class AsyncTcpChannel(ChannelBase):
+cdef class AsyncSocketChannel(ChannelBase):
     """Calls to one instance over the connections to its address (see `dynwire.planes.base.AsyncChannel`)."""
 
     cdef AsyncClientConnection conn

@@ -28,7 +28,6 @@ cdef extern from *:
 cdef enum:
     SLICE_MS = 100                # the longest that a thread sleeps in a system call before it looks at the clock again
 
-cdef double IDLE_LIMIT_S = 60.0   # an unused connection of the pool is closed after this long
 cdef double STALE_S = 0.02        # a connection unused for longer is looked at before it is used: the peer may have closed it
 
 
@@ -426,10 +425,14 @@ cdef class BlockingPool:
     cdef object changed              # condition: a connection was opened, or could not be
     cdef readonly str address
     cdef bint closed
+    cdef double idle_timeout         # an unused connection is closed after this long, when the next call ends
+    cdef int max_idle                # and at once beyond this number of them
 
-    def __init__(self, str address, int limit, open_connection):
+    def __init__(self, str address, int limit, open_connection, *, double idle_timeout=60.0, int max_idle=65535):
         self.address = address
         self.limit = limit
+        self.idle_timeout = idle_timeout
+        self.max_idle = max_idle
         self.open_connection = open_connection
         self.changed = threading.Condition()
         self.idle = []
@@ -446,6 +449,9 @@ cdef class BlockingPool:
         while True:
             while self.idle:
                 conn = self.idle.pop()
+                if dw_now() - conn.idle_since > self.idle_timeout:
+                    self.discard(conn)
+                    continue
                 if not conn.dead and not conn.draining and (fresh or dw_now() - conn.idle_since > STALE_S):
                     conn.look()
                 if conn.dead or conn.draining or conn.has_output():
@@ -487,16 +493,17 @@ cdef class BlockingPool:
                 self.changed.wait(min(left, 0.1))
 
     cdef int release(self, BlockingConnection conn) except -1:
+        cdef BlockingConnection first
         if conn.dead or conn.draining and conn.live == 0:
             self.discard(conn)
         elif conn.live == 0 and conn not in self.idle:
             conn.idle_since = dw_now()
             self.idle.append(conn)
-            if len(self.idle) > 1:
-                conn = self.idle[0]
-                if dw_now() - conn.idle_since > IDLE_LIMIT_S:
+            if len(self.idle) > 1 or self.max_idle == 0:
+                first = <BlockingConnection>self.idle[0]
+                if len(self.idle) > self.max_idle or conn.idle_since - first.idle_since > self.idle_timeout:
                     self.idle.pop(0)
-                    self.discard(conn)
+                    self.discard(first)
         return 0
 
     cdef int discard(self, BlockingConnection conn) except -1:
@@ -536,7 +543,7 @@ cdef class BlockingPool:
         return [(<BlockingConnection>conn).stats() for conn in list(self.connections)]
 
 
-cdef class BlockingTcpChannel(ChannelBase):
+cdef class BlockingSocketChannel(ChannelBase):
     """Blocking calls to one instance (see `dynwire.planes.base.Channel`). Any thread may call."""
 
     cdef readonly BlockingPool pool
