@@ -29,7 +29,7 @@ cdef class AsyncConnection(Machine):
         self.fd = sock.fileno()
         self.peer = peer
         self.armed_at = INFINITY
-        self.last_rx = dw_now()
+        self.last_rx = self.now = dw_now()
         self.flush_callback = self._flush_soon
         self.spin_s = spin_us * 1e-6
 
@@ -113,7 +113,7 @@ cdef class AsyncConnection(Machine):
             if self.next_wakeup() < self.armed_at:
                 self.set_timer()
         elif self.in_dispatch:
-            if self.oend >= self.flush_at and not self.dead:
+            if self.output_backlog() >= self.flush_at and not self.dead:
                 self.flush()
                 self.flush_at = min(self.flush_at * 4, LAST_EARLY_FLUSH)
         elif not self.flush_scheduled and not self.writer_blocked and not self.dead:
@@ -305,6 +305,7 @@ cdef class AsyncConnection(Machine):
     def close(self, error=None):
         """Close now; streams in flight end with ``error``."""
         if not self.dead:
+            self.last_words()
             if not self.writer_blocked:
                 self.flush()
             self.lost(error or ManagerClosed(f"the connection to {self.peer} was closed", peer=self.peer, sent="maybe"))

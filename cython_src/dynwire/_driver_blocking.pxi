@@ -90,7 +90,7 @@ cdef class BlockingConnection(Machine):
         self.parkers = []
         self.spin_s = options.spin_s
         self.owner = owner
-        self.last_rx = dw_now()
+        self.last_rx = self.now = dw_now()
 
     def handshake(self, *, str software, bytes connection_id, token, double accept_timeout, double timeout):
         """Exchange HELLO within ``timeout`` seconds. Raises what ended the connection, `TimeoutError` when nothing came."""

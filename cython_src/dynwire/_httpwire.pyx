@@ -228,6 +228,7 @@ cdef class HttpWire(Link):
         self.item_overhead = ITEM_HEADER
         self.prefixes = {}
         self.stops = []
+        self.first_bytes = b""
         self.routes = {}
         self.bdp_sent = -1.0
         self.bdp_delay = _BDP_FIRST_S
@@ -338,23 +339,20 @@ cdef class HttpWire(Link):
     cdef int sniff(self) except -1:
         """(server) Which protocol are the first bytes?"""
         head = PyBytes_FromStringAndSize(<char *>self.early_in.p, min(self.early_in.n, <size_t>64))
-        what = http_api.sniff(head)
-        if what == "need-more":
-            return 0
+        if head[:4] == b"PRI ":
+            return self.switch_to_h2()
+        from .wire import http1  # and with it h11
+
+        what = http1.sniff(head)
         if what == "h2":
             return self.switch_to_h2()
         if what == "http1":
-            from .wire.http1 import Http1Session
-
-            self.h1 = Http1Session()
+            self.h1 = http1.Http1Session(self.scheme)
             self.ready = True
             return self.h1_received()
-        theirs = describe_foreign(head)
-        raise PlaneMismatch(
-            f"{self.peer or 'the peer'} speaks {theirs}, but this is the dynwire http plane (HTTP/2 and HTTP/1.1); both sides need the "
-            "same DYN_REQUEST_PLANE",
-            ours="http", theirs=theirs, peer=self.peer, details={"head": head.decode("latin-1")},
-        )  # fmt: skip
+        if what == "other":
+            raise http1.foreign(head, self.peer)
+        return 0
 
     cdef int switch_to_h2(self) except -1:
         cdef unsigned char *base
@@ -390,6 +388,8 @@ cdef class HttpWire(Link):
                 ex = self.h1_exchange = self.read_or_refuse(event[1], None)
                 if ex is not None:
                     self.request_began(ex, False)
+                    if self.h1.expects_continue and not ex.ended:
+                        self.h1.send_continue()
             elif ex is None or ex.ended:
                 continue  # of a request that has been answered already
             elif name == "data":
@@ -402,6 +402,11 @@ cdef class HttpWire(Link):
                 self.h1_exchange = ex = Exchange.__new__(Exchange)
                 self.answer_fault(ex, http_api.HttpFault(status, HTTPStatus(status).phrase, text))
         self.h1_flush()
+        if not self.h1.wants_data and not self.h1.must_close:
+            raise ProtocolError(
+                f"client {self.peer} sends on while its request has not been answered", peer=self.peer, offset=self.rx_bytes,
+                sent="maybe",
+            )  # fmt: skip
         return 0
 
     cdef int h1_flush(self) except -1:
@@ -708,6 +713,8 @@ cdef class HttpWire(Link):
             self.put_slot(stream, self.live)
         self.seq += 1
         stream.seq = self.seq
+        if ex.request_id is None and ex.shape != SH_ITEMS:
+            ex.request_id = f"{self.connection_id.hex()}-{stream.seq:x}"
         stream.in_id = ex.request_id
         stream.reply_kind_ = 1 if ex.shape == SH_MSGPACK else 2 if ex.shape > SH_ITEMS else 0
         if end:
@@ -830,7 +837,7 @@ cdef class HttpWire(Link):
         if ex.h2 is not None:
             self.engine.send_headers(ex.h2, headers, end)
         else:
-            self.h1.send_head(headers, end)
+            self.h1.send_head(int((<tuple>headers[0])[1]), headers[1:], end)
         if end:
             ex.ended = True
         return 0
@@ -904,7 +911,8 @@ cdef class HttpWire(Link):
             if ex.h2 is not None:
                 self.engine.reset(ex.h2, INTERNAL_ERROR)
             else:
-                self.closing = True
+                self.h1.abort()
+                self.h1_flush()
             return self.wrote()
         self.reply_data(ex, <const unsigned char *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), None, True)
         return self.wrote()
@@ -1404,10 +1412,8 @@ cdef class HttpWire(Link):
         # Requests that cross it are refused one by one (they do not count as told by this GOAWAY, whose last id is 2^31 - 1).
         self.goaway_seq = self.seq + 0x40000000
         if self.engine is None:
-            if self.h1 is not None:
-                self.h1.keep_alive = False
-                if self.h1_exchange is None:
-                    self.closing = True
+            if self.h1 is not None and self.h1_exchange is None:
+                self.closing = True
             return 0
         if code == 0 and not self.is_client:
             self.engine.goaway(NO_ERROR, text.encode(), False)
@@ -1416,6 +1422,11 @@ cdef class HttpWire(Link):
 
     cdef int farewell(self, str text) except -1:
         return 0  # the engine has queued GOAWAY
+
+    cdef int last_words(self) except -1:
+        if self.engine is not None and not self.is_client:
+            self.engine.goaway(NO_ERROR, b"", True)
+        return 0
 
     cdef bint has_output(self):
         if self.engine is not None:

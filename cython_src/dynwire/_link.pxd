@@ -141,6 +141,7 @@ cdef class Link:
     # both
     cdef int put_goaway(self, int code, str text) except -1
     cdef int farewell(self, str text) except -1
+    cdef int last_words(self) except -1
     cdef bint has_unsent(self)
     cdef double next_wakeup(self)
     cdef int time_passed(self, double now) except -1

@@ -201,6 +201,10 @@ cdef class Link:
         """The peer broke the protocol: tell it so, as far as its wire has words for that."""
         return 0
 
+    cdef int last_words(self) except -1:
+        """This side is about to close: queue what tells the peer which of its requests were not taken."""
+        return 0
+
     cdef bint has_unsent(self):
         """Is there anything that the peer has not got yet, be it because the peer does not read?"""
         return self.has_output()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -16,6 +15,8 @@ import dynwire
 
 from .faces import Manager
 
+ANY_PORT = {"tcp_host": "127.0.0.1", "http_host": "127.0.0.1", "http_port": 0}
+
 Managers = Callable[..., AbstractAsyncContextManager[Manager]]
 
 
@@ -25,8 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def available_planes() -> list[str]:
-    tcp = importlib.import_module("dynwire.planes.tcp")
-    return ["memory", "tcp"] if hasattr(tcp, "AsyncTcpServer") else ["memory"]
+    return ["memory", "tcp", "http"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -67,7 +67,7 @@ def managers(plane: str, face: str, discovery_dir: Path) -> Managers:
         # An executor starts its threads when they are needed; the loop's end joins them.
         asyncio.get_running_loop().set_default_executor(threads)
         cls = dynwire.AsyncNetworkManager if face == "async" else dynwire.NetworkManager
-        manager = Manager(cls(**{"request_plane": plane, "tcp_host": "127.0.0.1", **settings}))
+        manager = Manager(cls(**{"request_plane": plane, **ANY_PORT, **settings}))
         try:
             yield manager
         finally:
