@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from hpack import Decoder
+from hpack import Decoder, HPACKError
 
 from dynwire.wire.http2 import Http2Connection
 
@@ -105,7 +105,10 @@ class Peer(ABC):
             if frame.type in (f.HEADERS, f.CONTINUATION):
                 self.block = (self.block or b"") + frame.body
                 if frame.flags & f.END_HEADERS:
-                    fields = [(bytes(name), bytes(value)) for name, value in self.decoder.decode(self.block, raw=True)]
+                    try:
+                        fields = [(bytes(name), bytes(value)) for name, value in self.decoder.decode(self.block, raw=True)]
+                    except HPACKError as error:
+                        raise AssertionError(f"header block of the endpoint does not decode; it sent {self.story()}") from error
                     self.lists.setdefault(frame.stream, []).append(fields)
                     self.block = None
         return got
@@ -190,8 +193,11 @@ class Peer(ABC):
     def alive(self, payload: bytes = b"-alive?-") -> None:
         """A PING is answered, and no error is reported before that."""
         self.send(f.ping(payload))
-        frame = self.until("PING(ACK)", lambda frame: frame.type == f.GOAWAY or (frame.type == f.PING and frame.ack))
-        assert frame.type == f.PING and frame.payload == payload, f"expected PING(ACK); the endpoint sent {self.story()}"
+        frame = self.until(
+            "PING(ACK)",
+            lambda frame: frame.type == f.GOAWAY or (frame.type == f.PING and frame.ack and frame.payload == payload),
+        )
+        assert frame.type == f.PING, f"expected PING(ACK); the endpoint sent {self.story()}"
 
     def alive_or_closed(self) -> None:
         """For GOAWAY of ours: the endpoint may go on for open streams or close at once, but must not call it an error."""
