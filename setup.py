@@ -14,7 +14,7 @@ import sys
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-MODULES = ["_buffers", "_context", "_frames", "_http2", "_http2lib", "_awaitable", "_tcpio"]
+MODULES = ["_buffers", "_context", "_frames", "_hpack", "_http2", "_http2lib", "_awaitable", "_tcpio"]
 
 debug = os.environ.get("DYNWIRE_BUILD_DEBUG") == "1"
 sanitize = os.environ.get("DYNWIRE_BUILD_SANITIZE") == "1"
