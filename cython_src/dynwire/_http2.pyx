@@ -29,7 +29,7 @@ from h2.settings import SettingCodes
 from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 from libc.stdlib cimport free, malloc, realloc
-from libc.string cimport memchr, memcmp, memcpy, memmove
+from libc.string cimport memcmp, memcpy, memmove
 
 from ._bytes cimport (
     dw_buf,
@@ -391,18 +391,23 @@ _fill_verdicts()
 # ---- fields (RFC 9113 section 8) ---------------------------------------------------------------------------------------
 
 cdef unsigned char NAME_BYTES[256]       # 1: may stand in a field name: token characters (RFC 9110 5.6.2) but upper case
-cdef unsigned char VALUE_BYTES[256]      # 1: may stand in a value; 3: and in :path and :authority; 7: and in :method
+cdef unsigned char VALUE_BYTES[256]      # bits: 1 may stand in a value, 2 in :path, 4 in :method, 8 in :authority
 
 
 cdef int _fill_tables() except -1:
     cdef int c
-    cdef bytes token = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyz"
+    cdef bytes letters = b"abcdefghijklmnopqrstuvwxyz"
+    # RFC 3986 3.2.2 and 3.2.3: host and port; no "@", that is no user information (RFC 9113 8.3.1)
+    cdef bytes authority = letters + letters.upper() + b"0123456789-._~!$&'()*+,;=%:[]"
+    cdef bytes token = b"!#$%&'*+-.^_`|~0123456789" + letters
     for c in range(256):
         NAME_BYTES[c] = c in token
         # HTAB and SP within a value; no other control characters (RFC 9113 8.2.1 names NUL, CR and LF; RFC 9110 5.5 the rest)
         VALUE_BYTES[c] = 1 if c in b"\t " else 0 if c < 0x20 or c == 0x7F else 3
         if c in token.upper() or c in token:
-            VALUE_BYTES[c] = 7
+            VALUE_BYTES[c] |= 4
+        if c in authority:
+            VALUE_BYTES[c] |= 8
     return 0
 
 
@@ -1282,8 +1287,7 @@ cdef class NativeEngine(Http2Engine):
                         return C_MALFORMED
                     scheme = value
                 elif name is N_AUTHORITY:
-                    # no user information: 8.3.1
-                    if authority is not None or not _good_bytes(v, size, 2) or memchr(v, 0x40, size) is not NULL:
+                    if authority is not None or not _good_bytes(v, size, 8):
                         return C_MALFORMED
                     authority = value
                 else:
@@ -1298,7 +1302,7 @@ cdef class NativeEngine(Http2Engine):
                     return C_MALFORMED
                 self.v_length = length
             elif name is N_HOST:
-                if host is not None or not _good_bytes(v, size, 2) or memchr(v, 0x40, size) is not NULL:
+                if host is not None or not _good_bytes(v, size, 8):
                     return C_MALFORMED
                 host = value
         if method is None or (authority is None and host is None):
