@@ -1,6 +1,7 @@
 from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
 
-from ._bytes cimport dw_chunk
+from ._bytes cimport dw_buf, dw_chunk
+from ._hpack cimport HpackDecoder, HpackEncoder
 
 cdef extern from *:
     """
@@ -101,6 +102,7 @@ cdef class Http2Engine:
     cdef dw_bucket resets                # streams reset by the peer, or by us because of what the peer did
     cdef dw_bucket glitches              # what costs us little but has no use
     cdef dw_bucket empty                 # DATA frames with nothing in them
+    cdef dict streams                    # open streams by id
 
     cdef void recv_target(self, unsigned char **base, size_t *size)
     cdef int received(self, size_t n, double now) except -1
@@ -121,8 +123,137 @@ cdef class Http2Engine:
     cdef int sent(self, size_t n) except -1
     cdef double next_wakeup(self)
     cdef int on_time(self, double now) except -1
+    cdef list take_streams(self)         # empties `streams`; for a connection that is gone. No callbacks
     cdef dict peer_settings(self)        # what the peer announced, by code, for on_settings
     cdef dict counters(self)             # windows and queues, for tests and diagnostics
 
+ctypedef struct RefFrame:        # a DATA frame that is sent from its payload's own memory
+    unsigned char head[9]
+    const unsigned char *base
+    size_t size
+
+cdef class Piece:
+    """Bytes of one stream that are not framed yet: copied, or in the memory of an object that is held."""
+    cdef Py_buffer view
+    cdef bint held
+    cdef dw_buf own
+    cdef const unsigned char *base   # of held memory
+    cdef size_t size
+    cdef size_t offset           # as far as it is framed
+
 cdef class NativeEngine(Http2Engine):
-    pass
+    # receiving
+    cdef unsigned char *rbuf     # NULL while nothing is being read
+    cdef size_t rcap, rpos, rend
+    cdef size_t need             # bytes of the incomplete frame at rpos that have to be there before it can be dealt with
+    cdef size_t preface_at       # bytes of the client's preface that have come
+    cdef size_t skip_left        # bytes of the current frame that nobody wants
+    cdef size_t data_left        # bytes of the current DATA frame that are still to come, without the padding
+    cdef size_t pad_left
+    cdef bint data_end
+    cdef Http2Stream data_stream
+    cdef dw_buf block            # header block that arrives in several frames
+    cdef uint32_t block_sid
+    cdef uint8_t block_flags
+    cdef bint block_selfdep
+    cdef uint32_t block_frames
+    cdef HpackDecoder decoder
+    cdef uint32_t last_peer_id   # server: highest id that a request had
+    cdef uint32_t goaway_last    # server: newer streams are ignored
+    cdef Http2Stream hot         # the stream that was looked up last
+    cdef int64_t recv_window     # connection: what the peer may still send
+    cdef int64_t unannounced
+    cdef int64_t unread          # body bytes at the owner
+    cdef int64_t tiny_spent
+    cdef int64_t credit          # control frames that are free of charge because of what we have sent
+    cdef uint64_t granted, flow_received
+    cdef list valid_request      # the last header block that passed, see _check_request
+    cdef int64_t valid_length
+    cdef bint valid_head
+    cdef list valid_response
+    cdef int64_t valid_response_length
+    cdef int valid_status
+    # of the header block that was checked last
+    cdef int64_t v_length
+    cdef bint v_head
+    cdef int v_status
+    cdef uint32_t *reset_ring    # ids of streams that were reset, lowest bit: by us
+    cdef uint32_t reset_cap, reset_at
+    cdef uint32_t ended_ring[32]
+    cdef uint32_t ended_at
+    cdef object settings_sent    # deque of (time, stream window) of SETTINGS that wait for their ACK
+    cdef int64_t local_initial   # stream window that new streams begin with
+    # sending
+    cdef HpackEncoder encoder
+    cdef uint32_t peer_max_frame
+    cdef int64_t peer_initial
+    cdef uint32_t peer_max_streams
+    cdef dict peer_values
+    cdef uint32_t next_id
+    cdef uint32_t highest_sent
+    cdef bint wants_capacity
+    cdef int64_t send_window
+    cdef dw_buf obuf, wbuf
+    cdef size_t wpos
+    cdef uint32_t last_sid       # the frame at the end of obuf, at last_at, is DATA of this stream; 0: none
+    cdef size_t last_at
+    cdef uint32_t control_o, control_w   # answers that the peer made us queue, in obuf and wbuf
+    cdef RefFrame refs[7]
+    cdef list ref_pieces
+    cdef int ref_n, ref_i
+    cdef size_t ref_done
+    cdef size_t ref_bytes        # of all that is not written
+    cdef object ring             # deque of streams with bytes to frame and a window to do so
+    cdef size_t queued_total
+    cdef list roomless           # streams for which room() has said no
+    cdef double started_at, stall_at
+
+    # receiving
+    cdef int fail(self, uint32_t code, str text) except -1
+    cdef int parse(self) except -1
+    cdef int _preface(self) except -1
+    cdef int _frame(self, const unsigned char *p, uint32_t length, uint8_t type, uint8_t flags, uint32_t sid) except -1
+    cdef int _data(self, const unsigned char *p, uint32_t length, uint8_t flags, uint32_t sid) except -1
+    cdef int _data_bytes(self) except -1
+    cdef int _headers(self, const unsigned char *p, uint32_t length, uint8_t flags, uint32_t sid) except -1
+    cdef int _block(self, const unsigned char *p, size_t n, uint8_t flags, uint32_t sid, bint selfdep) except -1
+    cdef int _request(self, list headers, bint end, uint32_t sid, int overflow, bint selfdep) except -1
+    cdef int _response(self, Http2Stream s, list headers, bint end) except -1
+    cdef int _ended(self, Http2Stream s, list headers, int kind) except -1
+    cdef int _answer(self, uint32_t sid, bytes status, bint end) except -1
+    cdef int _settings(self, const unsigned char *p, uint32_t length, uint8_t flags) except -1
+    cdef int _shift_windows(self, int64_t delta) except -1
+    cdef int _window_update(self, uint32_t sid, uint32_t increment) except -1
+    cdef int _goaway(self, const unsigned char *p, uint32_t length) except -1
+    cdef int _glitch(self, str text) except -1
+    cdef int _charge(self, str text) except -1
+    cdef int _situation(self, uint32_t sid)
+    cdef int _verdict(self, int situation, int kind, uint32_t sid, Http2Stream s) except -1
+    cdef int _stream_error(self, uint32_t sid, Http2Stream s, uint32_t code) except -1
+    cdef Http2Stream _find(self, uint32_t sid)
+    cdef Http2Stream _new_stream(self, uint32_t sid)
+    cdef int _close(self, Http2Stream s, int reason) except -1
+    cdef int _remember(self, uint32_t sid, int reason) except -1
+    cdef int _check_request(self, list headers) except -1
+    cdef int _check_response(self, list headers) except -1
+    cdef int _check_trailers(self, list headers) except -1
+    cdef int _give_back(self, Http2Stream s, int64_t n) except -1
+    # sending
+    cdef unsigned char *_reserve(self, size_t n) except NULL
+    cdef int _put(self, uint8_t type, uint8_t flags, uint32_t sid, const unsigned char *body, size_t n) except -1
+    cdef int _put_control(self, uint8_t type, uint8_t flags, uint32_t sid, const unsigned char *body, size_t n) except -1
+    cdef int _put_rst(self, uint32_t sid, uint32_t code) except -1
+    cdef int _put_own_rst(self, uint32_t sid, uint32_t code) except -1
+    cdef int _put_update(self, uint32_t sid, uint32_t increment) except -1
+    cdef int _put_settings(self, list pairs, int64_t window) except -1
+    cdef int _put_block(self, uint32_t sid, list headers, bint end) except -1
+    cdef int _put_data(self, Http2Stream s, const unsigned char *p, size_t n, bint end) except -1
+    cdef int _queue(self, Http2Stream s, const unsigned char *p, size_t n, object keep) except -1
+    cdef int _make_ready(self, Http2Stream s) except -1
+    cdef int _unready(self, Http2Stream s) except -1
+    cdef int _framed(self, Http2Stream s, size_t n) except -1
+    cdef int _local_end(self, Http2Stream s) except -1
+    cdef int _drop_queue(self, Http2Stream s) except -1
+    cdef int _frame_copies(self) except -1
+    cdef int _frame_refs(self, size_t limit) except -1
+    cdef int _tell_room(self) except -1
