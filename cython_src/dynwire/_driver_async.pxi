@@ -305,7 +305,9 @@ cdef class AsyncConnection(Machine):
     def close(self, error=None):
         """Close now; streams in flight end with ``error``."""
         if not self.dead:
+            self.in_dispatch = True  # written below, also if the loop is closed already
             self.last_words()
+            self.in_dispatch = False
             if not self.writer_blocked:
                 self.flush()
             self.lost(error or ManagerClosed(f"the connection to {self.peer} was closed", peer=self.peer, sent="maybe"))
@@ -576,7 +578,9 @@ cdef class AsyncServerConnection(AsyncConnection):
     def go_away(self, str text):
         """Refuse further requests on this connection; those in flight go on."""
         if not self.dead and not self.draining:
+            self.in_dispatch = True  # written below, also if the loop is closed already
             self.put_goaway(GOAWAY_NORMAL, text)
+            self.in_dispatch = False
             if not self.writer_blocked:
                 self.flush()
 
