@@ -10,6 +10,11 @@ cdef class ChannelBase:
     cdef readonly int in_flight
     cdef readonly object peer
 
+cdef class BlockingCaller:
+
+    cdef public object _home
+    cdef public object _default_timeout
+
 cdef enum:
     PENDING = 0
     RESULT = 1

@@ -26,7 +26,7 @@ from libc.math cimport INFINITY
 from libc.stdint cimport uint32_t
 from libc.stdlib cimport free, realloc
 
-from ._context cimport CTX_KILLED, CTX_STOPPED, Context, current_var
+from ._context cimport CTX_KILLED, CTX_STOPPED, Context, current_var, loop_mark
 from ._frames cimport (
     ITEM_OVERHEAD,
     S_ACCEPTED,
@@ -40,11 +40,13 @@ from ._frames cimport (
     WireConnection,
 )
 
+from .calls import INHERIT
 from .codec import encode, msgpack_encode, unpack
 from .errors import (
     Cancelled,
     DeadlineExceeded,
     DecodeError,
+    DynwireError,
     MessageTooLarge,
     PeerLost,
     ProtocolError,
@@ -158,6 +160,7 @@ cdef int wake_readers(WireConnection conn) except -1:
 cdef object _msgpack_decode = msgspec.msgpack.Decoder().decode
 cdef object _msgpack_encode = msgpack_encode
 cdef object _monotonic = time.monotonic
+cdef object _INHERIT = INHERIT
 cdef tuple _KINDS = ("raw", "msgpack", "json")
 
 
@@ -181,6 +184,41 @@ cdef inline object decode_item(object item, int kind, object reply_type):
 
 cdef class ChannelBase:
     pass
+
+
+cdef class BlockingCaller:
+    """The hot path of `dynwire.client.Client.call`; everything that is not a reply of the channel whose turn it is, is in _call.
+
+    Keyword arguments that are not given cost a dictionary lookup each in a Python function, more than the rest of this one.
+    """
+
+    def call(self, payload, *, timeout=None, reply_type=None, headers=None, context=None, instance=None, deadline=_INHERIT):
+        """Send a request, wait for its only reply item and return it; keywords as for `AsyncClient.call`. Any thread.
+
+        Ctrl-C ends the wait and kills the handler. Raises any `DynwireError`, and `RuntimeError` in a thread that runs an
+        event loop.
+        """
+        cdef object first = None
+        cdef object started = 0.0
+        cdef object route = self._home
+        cdef object turn, channel
+        if timeout is None:
+            timeout = self._default_timeout
+        if timeout is not None:
+            started = _monotonic()
+        if (
+            route is not None and headers is None and context is None and instance is None and deadline is _INHERIT
+            and loop_mark() is None
+        ):  # fmt: skip
+            turn = route.turn
+            if turn is not None:
+                channel = None
+                try:
+                    channel = turn()
+                    return channel.call(payload, timeout, reply_type)
+                except DynwireError as error:
+                    first = route.after_turn(channel, error)
+        return self._call(payload, timeout, reply_type, headers, context, instance, deadline, started, first)
 
 
 # A task that is woken asks the future for its outcome, and for any but asyncio's own kind of future looks the method up by its
