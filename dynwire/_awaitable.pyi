@@ -20,6 +20,22 @@ class ChannelBase:
     def peer(self) -> str: ...
 
 @disjoint_base
+class BlockingCaller:
+    _home: Any
+    _default_timeout: Any
+    def call(
+        self,
+        payload: Any,
+        *,
+        timeout: Any = None,
+        reply_type: Any = None,
+        headers: Any = None,
+        context: Any = None,
+        instance: Any = None,
+        deadline: Any = ...,
+    ) -> Any: ...
+
+@disjoint_base
 class Waiter(StreamBase):
     _asyncio_future_blocking: bool
     @property

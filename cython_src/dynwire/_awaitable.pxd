@@ -10,6 +10,11 @@ cdef class ChannelBase:
     cdef readonly int in_flight
     cdef readonly object peer
 
+cdef class BlockingCaller:
+
+    cdef public object _home
+    cdef public object _default_timeout
+
 cdef enum:
     PENDING = 0
     RESULT = 1
@@ -98,6 +103,8 @@ cdef class HandlerTask(StreamBase):
     cdef EndpointEntry entry
     cdef Context context
     cdef object pycontext
+    cdef object variables            # what pycontext holds, as long as it was not changed
+    cdef bint shown                  # that variables hold the context where it is counted, see dw_one_mapping
     cdef object coro                 # coroutine or async generator
     cdef object awaitable            # what is being driven: coro itself, or the awaitable of one step of the generator
     cdef object waiting_for          # future that it is suspended on
@@ -132,6 +139,8 @@ cdef class HandlerTask(StreamBase):
 
     cdef int begin(self, Link conn, EndpointEntry entry, object payload, int kind, object meta, double deadline,
                    double accept_at, object base_context) except -1
+    cdef int set_variables(self, object base_context) except -1
+    cdef bint variables_untouched(self)
     cdef int step(self, object error) except -1
     cdef int suspend(self, object future) except -1
     cdef int emit(self, object item, bint last) except -1

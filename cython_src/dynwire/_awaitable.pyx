@@ -26,7 +26,7 @@ from libc.math cimport INFINITY
 from libc.stdint cimport uint32_t
 from libc.stdlib cimport free, realloc
 
-from ._context cimport CTX_KILLED, CTX_STOPPED, Context, current_var
+from ._context cimport CTX_KILLED, CTX_STOPPED, Context, current_var, loop_mark
 from ._link cimport (
     S_ACCEPTED,
     S_ENDED,
@@ -38,11 +38,13 @@ from ._link cimport (
     StreamBase,
 )
 
+from .calls import INHERIT
 from .codec import encode, msgpack_encode, unpack
 from .errors import (
     Cancelled,
     DeadlineExceeded,
     DecodeError,
+    DynwireError,
     MessageTooLarge,
     PeerLost,
     ProtocolError,
@@ -74,7 +76,41 @@ cdef extern from *:
         }
         return m->am_anext(agen);
     }
+    /* The variables of a contextvars.Context: an immutable mapping, replaced at every set. Python's headers do not show the
+       struct; it is the same from 3.7 to 3.14, and dw_one_mapping looks at what is found there. */
+    typedef struct { PyObject_HEAD PyObject *prev; PyObject *vars; } dw_pycontext;
+    static PyObject *dw_context_vars(PyObject *context) {
+    #if PY_VERSION_HEX < 0x030F0000 && !defined(Py_GIL_DISABLED)
+        return ((dw_pycontext *)context)->vars;
+    #else
+        return NULL;
+    #endif
+    }
+    static int dw_has_weakrefs(PyObject *o) {
+        return *(PyObject **)((char *)o + Py_TYPE(o)->tp_weaklistoffset) != NULL;
+    }
+    struct dw_search { PyObject *wanted; PyObject *node; int depth; int found; };
+    static int dw_visit(PyObject *o, void *arg) {
+        struct dw_search *s = arg;
+        if (s->depth == 0) s->node = o;
+        else if (o == s->wanted) s->found = 1;
+        return 0;
+    }
+    /* Does the mapping hold the value in its root node? Then whoever derives another mapping from it takes a reference of the
+       value's own; below the root he would take one of a node only. */
+    static int dw_one_mapping(PyObject *vars, PyObject *value) {
+        struct dw_search s = {value, NULL, 0, 0};
+        if (strcmp(Py_TYPE(vars)->tp_name, "hamt") != 0) return 0;
+        Py_TYPE(vars)->tp_traverse(vars, dw_visit, &s);
+        if (s.node == NULL || Py_TYPE(s.node)->tp_traverse == NULL) return 0;
+        s.depth = 1;
+        Py_TYPE(s.node)->tp_traverse(s.node, dw_visit, &s);
+        return s.found;
+    }
     """
+    PyObject *dw_context_vars(object context)
+    bint dw_has_weakrefs(object o)
+    bint dw_one_mapping(PyObject *vars, object value)
     ctypedef int (*dw_sendfunc)(PyObject *, PyObject *, PyObject **)
     void dw_set_am_send(PyObject *type, dw_sendfunc f)
     object dw_anext(object agen)
@@ -90,6 +126,7 @@ cdef extern from "Python.h":
     void PyBuffer_Release(Py_buffer *)
     int PyObject_CheckBuffer(object)
     int PyDict_SetItem(object, object, object) except -1
+    Py_ssize_t dw_refcnt "Py_REFCNT"(PyObject *)
     unsigned long PyThread_get_thread_ident()
 
 cdef enum:
@@ -121,6 +158,7 @@ cdef int wake_readers(Link conn) except -1:
 cdef object _msgpack_decode = msgspec.msgpack.Decoder().decode
 cdef object _msgpack_encode = msgpack_encode
 cdef object _monotonic = time.monotonic
+cdef object _INHERIT = INHERIT
 cdef tuple _KINDS = ("raw", "msgpack", "json")
 
 
@@ -144,6 +182,41 @@ cdef inline object decode_item(object item, int kind, object reply_type):
 
 cdef class ChannelBase:
     pass
+
+
+cdef class BlockingCaller:
+    """The hot path of `dynwire.client.Client.call`; everything that is not a reply of the channel whose turn it is, is in _call.
+
+    Keyword arguments that are not given cost a dictionary lookup each in a Python function, more than the rest of this one.
+    """
+
+    def call(self, payload, *, timeout=None, reply_type=None, headers=None, context=None, instance=None, deadline=_INHERIT):
+        """Send a request, wait for its only reply item and return it; keywords as for `AsyncClient.call`. Any thread.
+
+        Ctrl-C ends the wait and kills the handler. Raises any `DynwireError`, and `RuntimeError` in a thread that runs an
+        event loop.
+        """
+        cdef object first = None
+        cdef object started = 0.0
+        cdef object route = self._home
+        cdef object turn, channel
+        if timeout is None:
+            timeout = self._default_timeout
+        if timeout is not None:
+            started = _monotonic()
+        if (
+            route is not None and headers is None and context is None and instance is None and deadline is _INHERIT
+            and loop_mark() is None
+        ):  # fmt: skip
+            turn = route.turn
+            if turn is not None:
+                channel = None
+                try:
+                    channel = turn()
+                    return channel.call(payload, timeout, reply_type)
+                except DynwireError as error:
+                    first = route.after_turn(channel, error)
+        return self._call(payload, timeout, reply_type, headers, context, instance, deadline, started, first)
 
 
 # A task that is woken asks the future for its outcome, and for any but asyncio's own kind of future looks the method up by its
@@ -817,7 +890,7 @@ cdef class HandlerTask(StreamBase):
 
     cdef int begin(self, Link conn, EndpointEntry entry, object payload, int kind, object meta, double deadline,
                    double accept_at, object base_context) except -1:
-        cdef Context context = Context.__new__(Context)
+        cdef Context context = self.context if self.pycontext is not None else Context.__new__(Context)
         cdef object request
         self.entry = entry
         self.peer = conn.peer
@@ -844,12 +917,8 @@ cdef class HandlerTask(StreamBase):
                 return self.finish_error(error, True)
         if self.state & S_STOP_EARLY:
             context.set_cancelled(CTX_STOPPED)
-        self.pycontext = PyContext_Copy(base_context)
-        PyContext_Enter(self.pycontext)
-        try:
-            PyContextVar_Set(current_var, context)
-        finally:
-            PyContext_Exit(self.pycontext)
+        if self.pycontext is None:
+            self.set_variables(base_context)
         try:
             self.coro = entry.function(request, context) if entry.takes_context else entry.function(request)
         except Exception as error:  # noqa: BLE001 - user code
@@ -857,6 +926,19 @@ cdef class HandlerTask(StreamBase):
         if not entry.streaming:
             self.awaitable = self.coro
         return self.step(None)
+
+    cdef int set_variables(self, object base_context) except -1:
+        """Give the handler context variables of its own, with the request's context among them."""
+        cdef PyObject *variables
+        self.pycontext = PyContext_Copy(base_context)
+        PyContext_Enter(self.pycontext)
+        try:
+            PyContextVar_Set(current_var, self.context)
+        finally:
+            PyContext_Exit(self.pycontext)
+        variables = dw_context_vars(self.pycontext)
+        self.variables = None if variables is NULL else <object>variables
+        return 0
 
     cdef int step(self, object error) except -1:
         """Run the handler until it suspends, ends, or has to wait for credit."""
@@ -1181,10 +1263,33 @@ cdef class HandlerTask(StreamBase):
             and self.name is None and not self.state & S_SENDING
         )  # fmt: skip
 
+    cdef bint variables_untouched(self):
+        """Did the handler neither keep its context or its context variables nor change them, so that the next may have them?
+
+        A task or a callback that it started has a copy of the variables, which shares the mapping: then that is referred to
+        by more than the original and us.
+        """
+        return (
+            self.variables is not None and dw_refcnt(<PyObject *>self.pycontext) == 1
+            and dw_refcnt(<PyObject *>self.context) == 2 and dw_refcnt(<PyObject *>self.variables) == 2
+            and dw_context_vars(self.pycontext) == <PyObject *>self.variables
+            and not dw_has_weakrefs(self.pycontext) and not dw_has_weakrefs(self.context)
+            and (self.shown or dw_one_mapping(<PyObject *>self.variables, self.context))
+        )  # fmt: skip
+
     cdef int recycle(self) except -1:
-        """Back to the state of a new object."""
-        self.pycontext = None
-        self.context = None
+        """Back to the state of a new object, but for a context that nobody has seen any more of than its handler."""
+        if self.variables_untouched():
+            self.shown = True
+            self.context._flags = 0
+            self.context._id = None
+            self.context._canceller = None
+            self.context._waiters = None
+        else:
+            self.variables = None
+            self.pycontext = None
+            self.context = None
+            self.shown = False
         self.entry = None
         self.coro = None
         self.awaitable = None

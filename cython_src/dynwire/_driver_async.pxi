@@ -536,8 +536,9 @@ cdef class AsyncServerConnection(AsyncConnection):
             self, entry, payload, kind, meta, self.now + ms * 0.001 if ms else INFINITY, self.now + self.accept_after,
             self.base_context,
         )
-        # Two references are the caller's and ours; any further one is the user's, from current_task().
-        if task.recyclable() and Py_REFCNT(task) == 2:
+        # Two references are the caller's and ours, a third one is the entry of the loop's current task, which a step within a
+        # read callback leaves in place; any further one is the user's, from current_task().
+        if task.recyclable() and Py_REFCNT(task) == (3 if task.started and self.in_dispatch else 2):
             task.recycle()
             self.spare = task
         return 0

@@ -25,7 +25,18 @@ cdef extern from *:
     """
     int dw_sem_wait(sem_t *sem, double seconds) nogil
 
+cdef extern from *:
+    """
+    static inline int dw_load(int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+    static inline void dw_store(int *p, int value) { __atomic_store_n(p, value, __ATOMIC_RELEASE); }
+    """
+    int dw_load(int *p) nogil
+    void dw_store(int *p, int value) nogil
+
 cdef enum:
+    NOT_EXCHANGING = 0
+    SENDING = 1                   # a thread is in `exchange` and has not sent yet
+    HAS_SENT = 2                  # it has sent everything and now reads
     SLICE_MS = 100                # the longest that a thread sleeps in a system call before it looks at the clock again
 
 cdef double STALE_S = 0.02        # a connection unused for longer is looked at before it is used: the peer may have closed it
@@ -74,11 +85,14 @@ cdef class BlockingConnection(Machine):
     cdef object sock
     cdef bint reader_active
     cdef bint writer_active
+    cdef size_t exchanged            # bytes that it sends
+    cdef int exchanging              # state of a thread in `exchange`, which changes it without the GIL
     cdef list parkers                # of threads that wait while another one reads
     cdef readonly object close_error
     cdef double spin_s
     cdef int spin_misses
     cdef double idle_since
+    cdef bint is_idle                # in the pool's list
     cdef readonly object owner       # pool, until the connection is gone
 
     def __init__(self, sock, peer, RequestOptions options, owner, **limits):
@@ -134,6 +148,8 @@ cdef class BlockingConnection(Machine):
         cdef ssize_t written
         cdef int fd = self.fd
         cdef int code
+        if self.exchanging and not self.dead:
+            self.end_exchange()
         if self.writer_active or self.dead:
             return 0
         self.writer_active = True
@@ -162,10 +178,7 @@ cdef class BlockingConnection(Machine):
                         PyErr_CheckSignals()
                         continue
                     if code != EAGAIN:
-                        return self.lost(PeerLost(
-                            f"the connection to {self.peer} broke while sending: {read_error_text(code)}",
-                            peer=self.peer, sent="maybe",
-                        ))  # fmt: skip
+                        return self.send_failed(code)
                 if call is None or settled(call):
                     return 0
                 self.writer_blocked = True
@@ -198,6 +211,87 @@ cdef class BlockingConnection(Machine):
             self.read_in(0)
             self.hand_over()  # somebody may have seen that we read, and sleeps
         self.tick(dw_now())
+        return 0
+
+    cdef int send_failed(self, int code) except -1:
+        return self.lost(PeerLost(
+            f"the connection to {self.peer} broke while sending: {read_error_text(code)}", peer=self.peer, sent="maybe"
+        ))  # fmt: skip
+
+    cdef int exchange(self, double now) except -1:
+        """Send what is queued and wait for the first bytes that come, with one release of the GIL for both.
+
+        Does nothing when others use the connection too, or when there is more to it; what it leaves undone is for `write_out`
+        and `wait`. While it reads, `write_out` of another thread notes on its behalf that it has sent.
+        """
+        cdef dw_chunk chunks[MAX_CHUNKS]
+        cdef dw_chunk targets[MAX_TARGETS]
+        cdef int places
+        cdef ssize_t written, n = -1
+        cdef int code = EAGAIN
+        cdef int fd = self.fd
+        cdef double spin_until
+        if (
+            self.dead or self.writer_active or self.reader_active or self.live != 1 or not self.one_piece()
+            or self.next_wakeup() - now < SLICE_MS * 0.001
+        ):  # fmt: skip
+            return 0
+        if self.gather(chunks, 1048576) != 1:
+            return 0
+        places = self.recv_targets(targets)
+        self.exchanged = chunks[0].len
+        self.handed_bytes = self.tx_frames_bytes + self.exchanged
+        self.writer_active = self.reader_active = True
+        self.exchanging = SENDING
+        try:
+            with nogil:
+                written = c_send(fd, chunks[0].base, chunks[0].len, MSG_DONTWAIT | MSG_NOSIGNAL)
+                if written == <ssize_t>chunks[0].len:
+                    dw_store(&self.exchanging, HAS_SENT)
+                    if self.spin_s > 0 and self.spin_misses < 16:
+                        spin_until = dw_now() + self.spin_s
+                        while True:
+                            n = dw_recv(fd, targets, places, MSG_DONTWAIT)
+                            code = errno
+                            if n >= 0 or code != EAGAIN or dw_now() >= spin_until:
+                                break
+                            sched_yield()
+                        self.spin_misses = self.spin_misses + 1 if n < 0 and code == EAGAIN else 0
+                    if n < 0 and code == EAGAIN:
+                        n = dw_recv(fd, targets, places, 0)  # the socket's own timeout is one slice
+                        code = errno
+                else:
+                    code = errno
+            if self.exchanging == HAS_SENT:
+                self.end_exchange()
+            elif self.exchanging == SENDING:  # the socket took only a part, or nothing
+                self.exchanging = NOT_EXCHANGING
+                self.writer_active = False
+                if not self.dead:
+                    self.handed_bytes = 0
+                    self.sent(max(written, 0))
+                    if written < 0 and code != EAGAIN and code != EINTR:
+                        self.send_failed(code)
+                return 0
+            if self.dead:
+                return 0
+            return self.take_in(n, code)
+        finally:
+            self.reader_active = False
+            if self.dead:
+                self.close_descriptor()
+
+    cdef int end_exchange(self) except -1:
+        """Note what a thread in `exchange` has sent, so that others can send too. That is a matter of microseconds."""
+        while dw_load(&self.exchanging) == SENDING:
+            with nogil:
+                sched_yield()
+        if self.exchanging == HAS_SENT:
+            self.exchanging = NOT_EXCHANGING
+            self.writer_active = False
+            if not self.dead:
+                self.handed_bytes = 0
+                self.sent(self.exchanged)
         return 0
 
     cdef int wrote(self) except -1:
@@ -291,20 +385,22 @@ cdef class BlockingConnection(Machine):
                 self.lost(silent_error(self, now))
         return 0
 
-    cdef int wait(self, Waiter call, Parker parker) except -1:
+    cdef int wait(self, Waiter call) except -1:
         """Until the call is settled: read, or sleep while another thread reads."""
         cdef double now, left
+        cdef Parker parker = None
         while not settled(call):
-            if self.dead:
-                # Another thread is in lost() and will settle the call.
-                self.park(parker)
-                continue
-            if self.has_output():
+            if self.has_output() and not self.dead:
                 self.write_out(call)
                 if settled(call):
                     break
-            if self.reader_active:
-                self.park(parker)
+            if self.dead or self.reader_active:
+                # Another thread reads, or is in lost() and will settle the call.
+                if parker is None:
+                    parker = my_parker()
+                    set_parker(call, parker)
+                else:
+                    self.park(parker)
                 continue
             now = dw_now()
             left = self.next_wakeup() - now
@@ -390,6 +486,7 @@ cdef class BlockingConnection(Machine):
         for stream in self.take_all_streams():
             (<StreamBase>stream).on_lost(error)
         self.reader_active = self.writer_active = False
+        self.exchanging = NOT_EXCHANGING
         self.sock.close()
 
 
@@ -398,6 +495,14 @@ cdef inline bint settled(Waiter call):
     if type(call) is BlockingCall:
         return call.outcome != PENDING
     return (<ItemReader>call).head < len((<ItemReader>call).items) or (<ItemReader>call).finished
+
+
+cdef inline int set_parker(Waiter call, Parker parker) except -1:
+    if type(call) is BlockingCall:
+        (<BlockingCall>call).parker = parker
+    else:
+        (<BlockingReader>call).parker = parker
+    return 0
 
 
 cdef object _thread_local = threading.local()
@@ -417,6 +522,7 @@ cdef class BlockingPool:
     ``open_connection(pool, timeout)`` returns a connected `BlockingConnection` or raises.
     """
 
+    cdef BlockingConnection top      # not in use, the last used; the list without it
     cdef list idle                   # not in use, the last used at the end
     cdef list connections            # all
     cdef int opening
@@ -438,22 +544,28 @@ cdef class BlockingPool:
         self.idle = []
         self.connections = []
 
-    cdef BlockingConnection acquire(self, double limit, bint fresh):
+    cdef BlockingConnection acquire(self, double limit, bint fresh, double now):
         """A connection to send on, within ``limit`` seconds; ``release`` it when the call or stream has ended.
 
         ``fresh``: look at an idle one in any case, not only when it was idle for long.
         """
         cdef BlockingConnection conn
-        cdef double deadline = dw_now() + limit
+        cdef double deadline = now + limit
         cdef double left
         while True:
-            while self.idle:
-                conn = self.idle.pop()
-                if dw_now() - conn.idle_since > self.idle_timeout:
+            while self.top is not None or self.idle:
+                if self.top is not None:
+                    conn, self.top = self.top, None
+                else:
+                    conn = self.idle.pop()
+                conn.is_idle = False
+                if now - conn.idle_since > self.idle_timeout:
                     self.discard(conn)
                     continue
-                if not conn.dead and not conn.draining and (fresh or dw_now() - conn.idle_since > STALE_S):
+                if not conn.dead and not conn.draining and (fresh or now - conn.idle_since > STALE_S):
                     conn.look()
+                elif conn.has_output():
+                    conn.write_out(None)  # credit, which the last call's end has left behind
                 if conn.dead or conn.draining or conn.has_output():
                     self.discard(conn)
                     continue
@@ -496,12 +608,17 @@ cdef class BlockingPool:
         cdef BlockingConnection first
         if conn.dead or conn.draining and conn.live == 0:
             self.discard(conn)
-        elif conn.live == 0 and conn not in self.idle:
-            conn.idle_since = dw_now()
-            self.idle.append(conn)
-            if len(self.idle) > 1 or self.max_idle == 0:
+        elif conn.live == 0 and not conn.is_idle:
+            if self.max_idle == 0:
+                return self.discard(conn)
+            conn.is_idle = True
+            conn.idle_since = conn.now  # of its last event
+            if self.top is not None:
+                self.idle.append(self.top)
+            self.top = conn
+            if self.idle:
                 first = <BlockingConnection>self.idle[0]
-                if len(self.idle) > self.max_idle or conn.idle_since - first.idle_since > self.idle_timeout:
+                if <int>len(self.idle) >= self.max_idle or self.top.now - first.idle_since > self.idle_timeout:
                     self.idle.pop(0)
                     self.discard(first)
         return 0
@@ -515,6 +632,8 @@ cdef class BlockingPool:
 
     def gone(self, conn):
         """A connection has ended."""
+        if conn is self.top:
+            self.top = None
         if conn in self.idle:
             self.idle.remove(conn)
         if conn in self.connections:
@@ -523,12 +642,13 @@ cdef class BlockingPool:
     def connect(self, timeout=None):
         """Make sure that there is a connection; raises what `open_connection` raises."""
         if not self.connections:
-            self.release(self.acquire(3.0 if timeout is None else timeout, True))
+            self.release(self.acquire(3.0 if timeout is None else timeout, True, dw_now()))
 
     def close(self):
         self.closed = True
         for conn in list(self.connections):
             (<BlockingConnection>conn).close()
+        self.top = None
         self.idle.clear()
 
     def forget(self):
@@ -537,6 +657,7 @@ cdef class BlockingPool:
         for conn in self.connections:
             (<BlockingConnection>conn).forget()
         self.connections = []
+        self.top = None
         self.idle = []
 
     def stats(self):
@@ -564,14 +685,15 @@ cdef class BlockingSocketChannel(ChannelBase):
         cdef bytes meta
         cdef object data = encode_payload(payload, &kind, self.options.kind)
         call.reply_type = reply_type
-        set_limits(call, self.options, timeouts, context, dw_now())
+        now = dw_now()
+        set_limits(call, self.options, timeouts, context, now)
         meta = request_meta(context)
         if context is not None and context._flags & CTX_KILLED:
             raise Cancelled("the request was killed by its context before it was sent", peer=self.peer, sent="no")
         limit = self.options.connect_timeout
-        if isinstance(timeouts, Timeouts) and timeouts.connect is not None:
+        if timeouts is not None and isinstance(timeouts, Timeouts) and timeouts.connect is not None:
             limit = timeouts.connect
-        conn = self.pool.acquire(min(limit, call.total_deadline - dw_now()), isinstance(call, BlockingReader))
+        conn = self.pool.acquire(min(limit, call.total_deadline - now), type(call) is BlockingReader, now)
         now = dw_now()
         if now >= call.total_deadline:
             self.pool.release(conn)
@@ -597,11 +719,14 @@ cdef class BlockingSocketChannel(ChannelBase):
     def call(self, payload, timeouts=None, reply_type=None, Context context=None):
         cdef BlockingCall call = BlockingCall.__new__(BlockingCall)
         cdef BlockingConnection conn
-        call.parker = my_parker()
         conn = self.start(call, payload, timeouts, reply_type, context)
         try:
-            conn.write_out(call)
-            conn.wait(call, call.parker)
+            conn.exchange(conn.now)
+            if call.outcome == PENDING:
+                conn.write_out(call)
+                conn.wait(call)
+            else:
+                conn.hand_over()
         except BaseException:
             # Ctrl-C, say: nobody waits any more.
             if call.outcome == PENDING:
@@ -668,10 +793,9 @@ cdef class BlockingItemStream:
                     reader.value = None
                     raise error
                 raise StopIteration
-            reader.parker = my_parker()
             reader.await_item()
             try:
-                conn.wait(reader, reader.parker)
+                conn.wait(reader)
             except BaseException:
                 self.close()
                 conn.hand_over()

@@ -801,6 +801,9 @@ cdef class WireConnection(Link):
     cdef uint64_t handed_upto(self):
         return self.tx_frames_bytes + (self.wend - self.wpos)
 
+    cdef bint one_piece(self):
+        return self.land_left == 0 and self.assembling == 0 and self.cur is None and self.wpos == self.wend and not self.large
+
     cdef int gather(self, dw_chunk *chunks, size_t limit):
         """Fill in what to write next, about ``limit`` bytes of large payloads included; returns the number of chunks.
 

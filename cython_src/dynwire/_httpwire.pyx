@@ -1447,6 +1447,9 @@ cdef class HttpWire(Link):
             return self.engine.backlog()
         return self.h1_out.n - self.h1_sent
 
+    cdef bint one_piece(self):
+        return True
+
     cdef int gather(self, dw_chunk *chunks, size_t limit):
         if self.engine is not None:
             return self.engine.gather(chunks, limit)

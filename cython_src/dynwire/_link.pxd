@@ -120,6 +120,7 @@ cdef class Link:
     cdef bint has_output(self)
     cdef size_t output_backlog(self)
     cdef uint64_t handed_upto(self)
+    cdef bint one_piece(self)
     cdef int gather(self, dw_chunk *chunks, size_t limit)
     cdef int sent(self, size_t n) except -1
     # (server)

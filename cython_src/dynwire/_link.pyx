@@ -138,6 +138,10 @@ cdef class Link:
         """``tx_frames_bytes`` as it will be if all frames that `gather` named are written."""
         return self.tx_frames_bytes
 
+    cdef bint one_piece(self):
+        """Is there nothing large under way in either direction, so that what `gather` names is likely one piece?"""
+        return False
+
     cdef int gather(self, dw_chunk *chunks, size_t limit):
         """Fill in what to write next, about ``limit`` bytes; returns the number of chunks. Memory stays put until `sent`."""
         return 0
