@@ -380,6 +380,19 @@ class HttpConfig(_Part):
     connection_window: int = setting(
         4194304, "DYNWIRE_HTTP2_CONNECTION_WINDOW", _bytes(65535, _U31), "the same per connection", unit="bytes"
     )
+    tls_cert: str | None = setting(
+        None, "DYNWIRE_HTTP_TLS_CERT", Optional_(Text()), "PEM file of the server's certificate; with it the server speaks TLS only"
+    )
+    tls_key: str | None = setting(
+        None, "DYNWIRE_HTTP_TLS_KEY", Optional_(Text()), "PEM file of its key", default_text="in the certificate's file"
+    )
+    tls_ca: str | None = setting(
+        None,
+        "DYNWIRE_HTTP_TLS_CA",
+        Optional_(Text()),
+        "PEM file of the authorities that callers trust",
+        default_text="the system's",
+    )
     engine: str = setting("native", "DYNWIRE_HTTP2_ENGINE", Choice("native", "h2"), "HTTP/2 implementation")
 
 

@@ -21,9 +21,12 @@ cdef class AsyncConnection(Machine):
     cdef double spin_until
     cdef bint spinning
     cdef int spin_misses
+    cdef TlsLayer tls
 
-    def __init__(self, bint is_client, loop, sock, peer, *, spin_us=0.0, **limits):
+    def __init__(self, bint is_client, loop, sock, peer, *, spin_us=0.0, tls=None, tls_hostname=None, **limits):
         super().__init__(is_client, **limits)
+        if tls is not None:
+            self.tls = TlsLayer(tls, not is_client, tls_hostname, peer)
         self.loop = loop
         self.sock = sock
         self.fd = sock.fileno()
@@ -58,13 +61,17 @@ cdef class AsyncConnection(Machine):
             while rounds > 0 and self.reading and not self.dead:
                 rounds -= 1
                 places = self.recv_targets(targets)
-                n = dw_recv(self.fd, targets, places, MSG_DONTWAIT)
+                if self.tls is not None:
+                    n = self.tls.recv(self.fd, &targets[0])
+                    rounds += n > 0  # a record may end anywhere: what is decrypted already has to be taken
+                else:
+                    n = dw_recv(self.fd, targets, places, MSG_DONTWAIT)
                 if n > 0:
                     total += n
                     self.received(n, dw_now())
                     if self.to_wake:
                         wake_readers(self)
-                    if <size_t>n < targets[0].len:
+                    if <size_t>n < targets[0].len and self.tls is None:
                         break
                     continue
                 if n == 0:
@@ -89,7 +96,7 @@ cdef class AsyncConnection(Machine):
             if not self.is_client:
                 leave_task(self.loop)
         if not self.dead:
-            if self.has_output() and not self.writer_blocked:
+            if (self.has_output() or self.tls is not None) and not self.writer_blocked:
                 self.flush()
             if self.next_wakeup() < self.armed_at:
                 self.set_timer()
@@ -136,6 +143,8 @@ cdef class AsyncConnection(Machine):
         cdef int n, i
         cdef size_t total
         cdef ssize_t written
+        if self.tls is not None:
+            return self.flush_tls()
         while self.has_output() and not self.dead:
             n = self.gather(chunks, 1048576)
             if n == 0:
@@ -159,6 +168,34 @@ cdef class AsyncConnection(Machine):
             self.sent(written)
             if <size_t>written < total:
                 return self.wait_writable()
+        if self.writer_blocked and not self.dead:
+            self.writer_blocked = False
+            self.loop.remove_writer(self.fd)
+        return self.drained()
+
+    cdef int flush_tls(self) except -1:
+        cdef dw_chunk chunks[MAX_CHUNKS]
+        cdef int n, i
+        cdef size_t total
+        cdef ssize_t pushed
+        while not self.dead:
+            pushed = self.tls.push(self.fd)
+            if pushed < 0:
+                return self.lost(PeerLost(
+                    f"the connection to {self.peer} broke while sending: {read_error_text(errno)}", peer=self.peer, sent="maybe"
+                ))  # fmt: skip
+            if pushed == 0:
+                return self.wait_writable()
+            if self.tls.shaking or not self.has_output():
+                break
+            n = self.gather(chunks, 262144)
+            if n == 0:
+                break
+            total = 0
+            for i in range(n):
+                total += chunks[i].len
+            self.tls.encrypt(chunks, n)
+            self.sent(total)
         if self.writer_blocked and not self.dead:
             self.writer_blocked = False
             self.loop.remove_writer(self.fd)
@@ -310,6 +347,9 @@ cdef class AsyncConnection(Machine):
             self.in_dispatch = False
             if not self.writer_blocked:
                 self.flush()
+                if self.tls is not None and not self.dead:
+                    self.tls.say_goodbye()
+                    self.tls.push(self.fd)
             self.lost(error or ManagerClosed(f"the connection to {self.peer} was closed", peer=self.peer, sent="maybe"))
 
 
@@ -330,6 +370,8 @@ cdef class AsyncClientConnection(AsyncConnection):
         self.hello_waiter = waiter
         self.start(software=software, connection_id=connection_id, token=token, accept_timeout_ms=self.accept_timeout_ms)
         self.open()
+        if self.tls is not None:
+            self._on_readable()  # begins the handshake
 
     cdef int on_hello(self, dict hello) except -1:
         waiter, self.hello_waiter = self.hello_waiter, None

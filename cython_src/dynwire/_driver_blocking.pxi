@@ -93,10 +93,13 @@ cdef class BlockingConnection(Machine):
     cdef int spin_misses
     cdef double idle_since
     cdef bint is_idle                # in the pool's list
+    cdef TlsLayer tls
     cdef readonly object owner       # pool, until the connection is gone
 
-    def __init__(self, sock, peer, RequestOptions options, owner, **limits):
+    def __init__(self, sock, peer, RequestOptions options, owner, *, tls=None, tls_hostname=None, **limits):
         super().__init__(True, **limits)
+        if tls is not None:
+            self.tls = TlsLayer(tls, False, tls_hostname, peer)
         options.apply(self)
         self.sock = sock
         self.fd = sock.fileno()
@@ -112,13 +115,15 @@ cdef class BlockingConnection(Machine):
         cdef double left
         self.start(software=software, connection_id=connection_id, token=token,
                    accept_timeout_ms=<int>min(accept_timeout * 1000, 2e9))  # fmt: skip
+        if self.tls is not None:
+            self.read_in(0)  # begins the TLS handshake
         self.write_out(None)
         while not self.ready and not self.dead:
             left = deadline - dw_now()
             if left <= 0:
                 self.lost(PeerLost(f"{self.peer} did not answer", peer=self.peer))
                 raise TimeoutError
-            if self.has_output():
+            if self.has_output() or self.tls is not None:
                 self.write_out(None)
             self.read_in(min(left, SLICE_MS * 0.001))
         if self.dead:
@@ -154,6 +159,27 @@ cdef class BlockingConnection(Machine):
             return 0
         self.writer_active = True
         try:
+            while self.tls is not None and not self.dead:
+                written = self.tls.push(fd)
+                if written < 0:
+                    return self.send_failed(errno)
+                if written == 0:
+                    if call is None or settled(call):
+                        return 0
+                    self.writer_blocked = True
+                    self.now = dw_now()
+                    self.wait_writable()
+                    continue
+                if self.tls.shaking or not self.has_output():
+                    return 0
+                n = self.gather(chunks, 262144)
+                if n == 0:
+                    return 0
+                total = 0
+                for i in range(n):
+                    total += chunks[i].len
+                self.tls.encrypt(chunks, n)
+                self.sent(total)
             while self.has_output() and not self.dead:
                 n = self.gather(chunks, 1048576)
                 if n == 0:
@@ -232,7 +258,7 @@ cdef class BlockingConnection(Machine):
         cdef int fd = self.fd
         cdef double spin_until
         if (
-            self.dead or self.writer_active or self.reader_active or self.live != 1 or not self.one_piece()
+            self.dead or self.writer_active or self.reader_active or self.live != 1 or not self.one_piece() or self.tls is not None
             or self.next_wakeup() - now < SLICE_MS * 0.001
         ):  # fmt: skip
             return 0
@@ -313,6 +339,8 @@ cdef class BlockingConnection(Machine):
             return 0
         self.reader_active = True
         try:
+            if self.tls is not None:
+                return self.read_in_tls(seconds)
             places = self.recv_targets(targets)
             with nogil:
                 if self.spin_s > 0 and seconds > 0 and self.spin_misses < 16:
@@ -350,6 +378,42 @@ cdef class BlockingConnection(Machine):
             self.reader_active = False
             if self.dead:
                 self.close_descriptor()
+
+    cdef int read_in_tls(self, double seconds) except -1:
+        """`read_in` over TLS; the caller has made itself the reader."""
+        cdef dw_chunk targets[MAX_TARGETS]
+        cdef pollfd p
+        cdef ssize_t n
+        cdef int code
+        cdef int came = 0
+        cdef bint waited = False
+        while not self.dead:
+            self.recv_targets(targets)
+            try:
+                n = self.tls.recv(self.fd, &targets[0])
+                code = errno
+            except ConnectError as error:
+                self.lost(error)
+                return came
+            if n > 0:
+                came = 1
+                self.take_in(n, 0)
+                continue
+            if self.tls.waiting():
+                self.write_out(None)  # of the handshake, say
+            if n == 0 or code != EAGAIN:
+                self.take_in(n, code)
+                return came
+            if waited or came or seconds <= 0:
+                return came
+            waited = True
+            p.fd = self.fd
+            p.events = POLLIN
+            p.revents = 0
+            with nogil:
+                poll(&p, 1, <int>(seconds * 1000 + 0.999))
+            PyErr_CheckSignals()
+        return came
 
     cdef int take_in(self, ssize_t n, int code) except -1:
         """Deal with the outcome of a read. Returns 1 if something came."""
@@ -738,6 +802,8 @@ cdef class BlockingSocketChannel(ChannelBase):
             conn.hand_over()
             self.pool.release(conn)
             raise
+        if call.outcome != RESULT and not conn.dead:
+            conn.write_out(None)  # if it was given up, the handler is to know now and not with the next request
         self.pool.release(conn)
         if call.outcome == RESULT:
             return call.value

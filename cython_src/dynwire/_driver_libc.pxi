@@ -4,12 +4,14 @@ import asyncio
 import errno as errno_module
 import hmac
 import os
+import ssl
 import threading
 
 import msgspec
 from cpython.bytes cimport PyBytes_CheckExact
 from cpython.object cimport PyObject
 from libc.errno cimport EAGAIN, EINTR, errno
+from libc.string cimport memcpy
 from libc.math cimport INFINITY
 from cpython.ref cimport Py_DECREF
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -106,8 +108,16 @@ cdef extern from *:
     ssize_t dw_recv(int fd, dw_chunk *targets, int n, int flags) nogil
     ssize_t dw_sendmsg(int fd, dw_chunk *chunks, int n, int flags) nogil
 
+cdef extern from *:
+    """
+    static inline ssize_t recv_plain(int fd, void *to, size_t n) { return recv(fd, to, n, MSG_DONTWAIT); }
+    """
+    ssize_t recv_plain(int fd, void *to, size_t n) nogil
+
 cdef extern from "Python.h":
     int PyObject_CheckBuffer(object)
+    object PyMemoryView_FromMemory(char *mem, Py_ssize_t size, int flags)
+    int PyBUF_READ
     int PyErr_CheckSignals() except -1
     Py_ssize_t Py_REFCNT(object)
 
@@ -121,6 +131,101 @@ cdef enum:
     GOAWAY_UNAUTHENTICATED = 2
     GOAWAY_OVERLOADED = 3
     GOAWAY_VERSION = 4
+
+cdef enum:
+    TLS_READ = 65536              # ciphertext read at once
+
+
+cdef class TlsLayer:
+    """TLS between a machine and its socket, without I/O of its own but the two calls on the descriptor it is given.
+
+    `shaking` is true until the handshake is done; before that nothing of the machine's can be sent.
+    """
+    cdef object obj
+    cdef object incoming
+    cdef object outgoing
+    cdef object peer
+    cdef bint shaking
+    cdef bytes out                 # ciphertext that is being written
+    cdef Py_ssize_t out_at
+    cdef readonly object alpn
+
+    def __init__(self, context, bint server_side, hostname, peer):
+        self.incoming = ssl.MemoryBIO()
+        self.outgoing = ssl.MemoryBIO()
+        self.obj = context.wrap_bio(self.incoming, self.outgoing, server_side=server_side, server_hostname=hostname)
+        self.peer = peer
+        self.shaking = True
+
+    cdef ssize_t recv(self, int fd, dw_chunk *target) except -2:
+        """Plaintext into ``target``: its length, 0 at the end, -1 with errno. Never waits. Raises `ConnectError`."""
+        cdef char scratch[TLS_READ]
+        cdef ssize_t n
+        cdef bytes data
+        while True:
+            try:
+                if self.shaking:
+                    self.obj.do_handshake()
+                    self.shaking = False
+                    self.alpn = self.obj.selected_alpn_protocol()
+                data = self.obj.read(target.len)
+            except ssl.SSLWantReadError:
+                n = recv_plain(fd, scratch, TLS_READ)
+                if n <= 0:
+                    return n
+                self.incoming.write(scratch[:n])
+                continue
+            except ssl.SSLZeroReturnError:
+                return 0
+            except ssl.SSLError as error:
+                reason = getattr(error, "verify_message", None) or error.reason or str(error)
+                what = "the handshake" if self.shaking else "a record"
+                raise ConnectError(f"TLS with {self.peer}: {what} failed ({reason})", peer=self.peer, sent="maybe") from error
+            n = len(data)
+            memcpy(<void *>target.base, <const char *>data, n)
+            return n
+
+    cdef int encrypt(self, dw_chunk *chunks, int n) except -1:
+        """Take everything that ``chunks`` name."""
+        cdef size_t done
+        cdef int i
+        for i in range(n):
+            done = 0
+            while done < chunks[i].len:
+                done += <size_t>self.obj.write(PyMemoryView_FromMemory(<char *>chunks[i].base + done, chunks[i].len - done, PyBUF_READ))
+        return 0
+
+    cdef ssize_t push(self, int fd) except -2:
+        """Write ciphertext: 1 when all of it has left, 0 when the socket takes no more, -1 with errno. Never waits."""
+        cdef ssize_t n
+        while True:
+            if self.out is None:
+                if not self.outgoing.pending:
+                    return 1
+                self.out = self.outgoing.read()
+                self.out_at = 0
+            n = c_send(fd, <const char *>self.out + self.out_at, len(self.out) - self.out_at, MSG_DONTWAIT | MSG_NOSIGNAL)
+            if n < 0:
+                if errno == EINTR:
+                    continue
+                return 0 if errno == EAGAIN else -1
+            self.out_at += n
+            if self.out_at == len(self.out):
+                self.out = None
+
+    cdef bint waiting(self):
+        """Is there ciphertext to write?"""
+        return self.out is not None or self.outgoing.pending > 0
+
+    cdef int say_goodbye(self) except -1:
+        """Queue close_notify, so that the peer can tell the end from a cut."""
+        if not self.shaking:
+            try:
+                self.obj.unwrap()
+            except ssl.SSLError:  # it wants the peer's answer, which nobody waits for
+                pass
+        return 0
+
 
 cdef object _pack_headers = msgspec.msgpack.Encoder().encode
 cdef object _msgpack_encode = msgpack_encode

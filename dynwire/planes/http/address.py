@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ssl
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -58,6 +60,20 @@ def request_options(config: Config) -> RequestOptions:
         keepalive_timeout=config.http.keep_alive_timeout,
         spin_us=config.tcp.spin_us,
     )
+
+
+def client_keywords(address: HttpAddress, config: Config, context: Callable[[], ssl.SSLContext]) -> dict[str, Any]:
+    """Keywords of a compiled client connection; ``context`` is asked for where the address says https."""
+    secure = address.scheme == "https"
+    return {
+        "scheme": address.scheme,
+        "authority": address.authority,
+        "root": address.root,
+        "token": config.token,
+        "tls": context() if secure else None,
+        "tls_hostname": address.host if secure else None,
+        **http2_limits(config),
+    }
 
 
 def http2_limits(config: Config) -> dict[str, Any]:

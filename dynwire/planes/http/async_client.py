@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import socket
 from typing import Any
 
@@ -12,7 +13,8 @@ from ...errors import ManagerClosed
 from ...types import Instance
 from ..base import AsyncChannel, AsyncRequestPlaneClient
 from ..sockets.pool import AsyncDialler, ConnectionPool, check_plane
-from .address import http2_limits, parse_address, request_options
+from .address import client_keywords, parse_address, request_options
+from .tls import client_context
 
 AsyncChannel.register(AsyncSocketChannel)
 
@@ -25,6 +27,7 @@ class HttpDialler(AsyncDialler):
         self._options = options
         self.idle_timeout = config.http.pool_idle_timeout
         self.max_idle = config.http.pool_max_idle_per_host
+        self._context = functools.cache(functools.partial(client_context, config))
 
     def host_and_port(self, address: str) -> tuple[str, int]:
         parsed = parse_address(address, self._config.http.root_path)
@@ -37,11 +40,7 @@ class HttpDialler(AsyncDialler):
             sock,
             address,
             self._options,
-            scheme=parsed.scheme,
-            authority=parsed.authority,
-            root=parsed.root,
-            token=self._config.token,
-            **http2_limits(self._config),
+            **client_keywords(parsed, self._config, self._context),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 
 from ..._httpio import BlockingConnection, BlockingItemStream, BlockingPool, BlockingSocketChannel
@@ -9,7 +10,8 @@ from ...config import Config
 from ...types import Instance
 from ..base import Channel, ItemStream
 from ..sockets.blocking import SocketClient
-from .address import http2_limits, parse_address, request_options
+from .address import client_keywords, parse_address, request_options
+from .tls import client_context
 
 Channel.register(BlockingSocketChannel)
 ItemStream.register(BlockingItemStream)
@@ -23,7 +25,7 @@ class HttpClient(SocketClient):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self._options = request_options(config)
-        self._limits = http2_limits(config)
+        self._context = functools.cache(functools.partial(client_context, config))
 
     def make_pool(self, address: str) -> BlockingPool:
         http = self._config.http
@@ -50,9 +52,5 @@ class HttpClient(SocketClient):
             address,
             self._options,
             pool,
-            scheme=parsed.scheme,
-            authority=parsed.authority,
-            root=parsed.root,
-            token=self._config.token,
-            **self._limits,
+            **client_keywords(parsed, self._config, self._context),
         )

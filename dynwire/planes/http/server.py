@@ -12,6 +12,7 @@ from ...config import Config
 from ...wire import http_api
 from ..sockets.server import AsyncSocketServer
 from .address import HttpAddress, http2_limits
+from .tls import server_context
 
 _JSON_HEAD: http_api.Headers = [(b"content-type", http_api.JSON)]
 
@@ -29,13 +30,15 @@ class AsyncHttpServer(AsyncSocketServer):
         self._limits = http2_limits(config)
         self._limits["max_concurrent_streams"] = config.http.max_concurrent_streams
         self._live = http_api.live_page()
+        self._tls = server_context(config)
+        self._scheme = "http" if self._tls is None else "https"
 
     @property
     def port(self) -> int:
         return self._config.http.port
 
     def advertise(self, host: str, port: int) -> str:
-        return str(HttpAddress("http", host, port, self._config.http.root_path))
+        return str(HttpAddress(self._scheme, host, port, self._config.http.root_path))
 
     def make_connection(self, sock: socket.socket, peer: str) -> HttpServerConnection:
         return HttpServerConnection(
@@ -49,6 +52,8 @@ class AsyncHttpServer(AsyncSocketServer):
             root=self._config.http.root_path,
             token=self._config.token,
             pages=self._page,
+            scheme=self._scheme,
+            tls=self._tls,
             **self._limits,
         )
 
