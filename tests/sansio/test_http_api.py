@@ -546,6 +546,12 @@ def test_what_a_handler_raised_survives(shape: Any) -> None:
         assert json.loads(body)["detail"] == "the handler raised KeyError: 'k'"
 
 
+@pytest.mark.parametrize("headers", [{"content_type": "image/png"}, {"x_request_timeout_ms": "soon"}])
+def test_a_wrong_request_is_told_its_id(headers: dict[str, str]) -> None:
+    _, answer, body = fault_of(x_request_id="id-1", **headers).response()
+    assert dict(answer)[b"x-request-id"] == b"id-1" and json.loads(body)["instance"] == "id-1"
+
+
 def test_a_wrong_request_arrives_as_a_typed_error() -> None:
     status, headers, body = fault_of(content_type="text/plain").response("id-1")
     assert status == 415 and dict(headers)[b"x-request-id"] == b"id-1"
