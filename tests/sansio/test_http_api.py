@@ -508,6 +508,7 @@ def test_a_request_id_that_is_no_header() -> None:
     _, headers, body = problem(DecodeError("x"), "ü\r\n")
     assert b"x-request-id" not in dict(headers)
     assert json.loads(body)["instance"] == "%C3%BC%0D%0A"
+    assert json.loads(problem(DecodeError("x"), "\udc80")[2])["instance"] == "?"
     assert "instance" not in json.loads(problem(DecodeError("x"))[2])
 
 
@@ -628,7 +629,7 @@ def test_a_foreign_page_is_quoted_as_text() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"[]", b"{", b"\xff", b'{"code": "overloaded"}', b'{"type": 1, "code": 2}', b'{"type": "about:blank"}']
+    "body", [b"", b"[]", b"[1]", b"{", b"\xff", b'{"code": "overloaded"}', b'{"type": 1, "code": 2}', b'{"type": "about:blank"}']
 )
 def test_a_foreign_problem(body: bytes) -> None:
     error = error_from_response(503, [(b"content-type", PROBLEM)], body, peer="p:1", request_id=None)
