@@ -72,7 +72,7 @@ def sniff(head: bytes) -> Sniffed:
     if not space:
         return "need-more"
     target, space, version = rest.partition(b" ")
-    if re.fullmatch(rb"[!-~]*", target) is None or (space and not target):
+    if re.fullmatch(rb"[!-~]*", target) is None:
         return "other"
     if len(target) > TARGET_LIMIT:
         return "http1"  # which answers that the target is too long
@@ -310,7 +310,7 @@ class Http1Session:
             return
         self._send(h11.EndOfMessage())
         # A reply before the end of its request: what still comes is not worth reading, and must not be taken for a request.
-        if self._complete and not self._failed and self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE:
+        if self._h11.our_state is h11.DONE and self._h11.their_state is h11.DONE:
             self._begin()
             if self._eof and not self._buffer:
                 self.must_close = True

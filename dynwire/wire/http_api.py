@@ -239,8 +239,21 @@ def parse_head(headers: Headers, root: str) -> RequestHead:
     content_type, accept = get(b"content-type", b""), get(b"accept", b"")
     small = len(target) + len(content_type) + len(accept) + len(method) <= _CACHEABLE
     meaning = _meaning if small else _meaning.__wrapped__
-    head = RequestHead(*meaning(method, target, content_type, accept, "origin" in given, root))
+    try:
+        head = RequestHead(*meaning(method, target, content_type, accept, "origin" in given, root))
+        _read_rest(head, known, given, root)
+    except HttpFault as fault:
+        fault.request_id = _visible_id(get(b"x-request-id"))
+        raise
+    return head
 
+
+def _visible_id(value: bytes | None) -> str:
+    return value.decode() if value is not None and _VISIBLE_ID.fullmatch(value) else ""
+
+
+def _read_rest(head: RequestHead, known: dict[bytes, bytes], given: dict[str, str], root: str) -> None:
+    get = known.get
     if ("traceparent" in given or "tracestate" in given) and not _valid_traceparent(given.get("traceparent")):
         # W3C Trace Context §3.2.2: an invalid traceparent is ignored, and tracestate with it
         given.pop("traceparent", None)
@@ -257,13 +270,10 @@ def parse_head(headers: Headers, root: str) -> RequestHead:
     if (length := get(b"content-length")) is not None:
         head.content_length = _number("content-length", length, 2**63 - 1, "bytes")
 
-    request_id = get(b"x-request-id")
-    if head.request_id:
-        pass  # named by the path
-    elif request_id is not None and _VISIBLE_ID.fullmatch(request_id):
-        head.request_id = request_id.decode()
-    elif (packed_id := get(b"x-dynwire-id")) is not None:
-        head.request_id = _text(_unbase64("x-dynwire-id", packed_id))
+    if not head.request_id:  # not named by the path
+        head.request_id = _visible_id(get(b"x-request-id"))
+        if not head.request_id and (packed_id := get(b"x-dynwire-id")) is not None:
+            head.request_id = _text(_unbase64("x-dynwire-id", packed_id))
     if head.page == "stop" and not head.request_id:
         raise HttpFault(400, "Bad Request", f"which request? POST {root}/stop/<request id>, or name it in x-request-id")
 
@@ -272,7 +282,6 @@ def parse_head(headers: Headers, root: str) -> RequestHead:
         head.token = _text(token)
     elif (authorization := get(b"authorization")) is not None and authorization[:7].lower() == b"bearer ":
         head.token = _text(authorization[7:].strip())
-    return head
 
 
 def _text(value: bytes) -> str:

@@ -57,9 +57,12 @@ class HttpFault(Exception):
         self.title = title
         self.detail = detail
         self.headers: Headers = headers or []
+        self.request_id = ""
+        """the caller's, if the request could be read that far"""
 
     def response(self, request_id: str = "") -> tuple[int, Headers, bytes]:
         """Status, headers and body of the answer."""
+        request_id = request_id or self.request_id
         code = "endpoint_not_found" if self.status == 404 else "protocol_error"
         document: dict[str, Any] = {
             "type": TYPE_PREFIX + code,

@@ -237,6 +237,14 @@ def test_head_has_the_headers_of_get_and_no_body(length: bool) -> None:
     assert not session.must_close and session.receive(GET)
 
 
+def test_head_has_no_invented_length() -> None:
+    session = Http1Session()
+    session.receive(GET.replace(b"GET", b"HEAD"))
+    session.send_head(200, [], True)
+    ((status, headers, _),) = responses(session.output(), "HEAD")
+    assert status == 200 and b"content-length" not in headers and not session.must_close
+
+
 def test_reason_phrases() -> None:
     for status, line in ((404, b"HTTP/1.1 404 Not Found"), (499, b"HTTP/1.1 499 Client Closed Request")):
         session = Http1Session()
@@ -270,12 +278,13 @@ def test_a_refusal_instead_of_continue_closes() -> None:
     assert responses(session.output(), "POST")[0][1][b"connection"] == b"close"
 
 
-def test_a_reply_before_the_end_of_the_request_closes() -> None:
+@pytest.mark.parametrize(("status", "announced"), [(400, b"close"), (200, None)])
+def test_a_reply_before_the_end_of_the_request_closes(status: int, announced: bytes | None) -> None:
     session = Http1Session()
     session.receive(POST[:-3])
-    answer(session, 400, b"no")
+    answer(session, status, b"no")
     assert session.must_close and session.receive(POST[-3:] + GET) == []
-    assert responses(session.output(), "POST")[0][1][b"connection"] == b"close"
+    assert responses(session.output(), "POST")[0][1].get(b"connection") == announced
 
 
 def test_a_reply_may_begin_before_the_end_of_the_request() -> None:
@@ -314,7 +323,7 @@ BAD = {
     "two lengths": (request(b"Content-Length: 3", b"Content-Length: 4"), 400),
     "a length with a sign": (request(b"Content-Length: +3"), 400),
     "unknown coding": (request(b"Transfer-Encoding: gzip, chunked"), 501),
-    "chunked in 1.0": (request(b"Transfer-Encoding: chunked", first=b"POST / HTTP/1.0"), 400),
+    "chunked in 1.0": (request(b"Transfer-Encoding: chunked", first=b"POST / HTTP/1.0") + b"0\r\n\r\n", 400),
     "folded": (request(b"A: b", b" c"), 400),
     "folded with tab": (request(b"A: b", b"\tc"), 400),
     "space before colon": (request(b"A : b"), 400),
@@ -353,7 +362,9 @@ def test_bad_requests(name: str) -> None:
 
 
 def test_words_for_what_is_wrong() -> None:
-    assert "a bare CR at byte 30" in serve([BAD["bare CR"][0]])[0][-1][2]
+    wire = BAD["bare CR"][0]
+    for chunks in ([wire], [bytes([byte]) for byte in wire]):
+        assert "a bare CR at byte 30" in serve(chunks)[0][-1][2]
     assert "0x1b" in serve([BAD["control character"][0]])[0][-1][2]
     assert str(TARGET_LIMIT) in serve([BAD["long target"][0]])[0][-1][2]
 
@@ -421,6 +432,15 @@ def test_a_client_that_only_stops_sending_gets_its_replies() -> None:
     assert session.must_close
     first, second = responses(session.output(), "GET", "GET")
     assert b"connection" not in first[1] and second[1][b"connection"] == b"close"
+
+
+def test_a_client_stops_sending_while_it_is_answered() -> None:
+    session = Http1Session()
+    session.receive(GET)
+    session.send_head(200, [])
+    assert session.receive_eof() == [] and not session.must_close
+    session.end()
+    assert session.must_close and session.output().endswith(b"0\r\n\r\n")
 
 
 def test_half_a_request_behind_a_whole_one_and_then_the_end() -> None:

@@ -123,6 +123,7 @@ def test_an_endpoints_path(path: str) -> None:
         "/favicon.ico",
         "/v1",
         "/v1/rpcs",
+        "/v1/rpcXdemo.worker.echo",
         "/v1/rpc/demo",
         "/v1/rpc/demo/worker",
         "/v1/rpc/demo/worker.echo",
@@ -396,7 +397,13 @@ def test_our_own_headers_are_valid_http(headers: dict[str, str], request_id: str
         assert all(0x20 <= byte <= 0x7E for byte in value) and value == value.strip(), value
         assert name not in seen
         seen.add(name)
-    assert len(seen) < 90  # receivers refuse heads of more than 100 fields
+
+
+def test_many_headers_do_not_make_many_fields() -> None:
+    """Receivers refuse heads of more than 100."""
+    headers = {f"h{number}": "x" for number in range(300)}
+    assert len(request_headers(headers=headers)) < 90
+    assert sent(headers=headers).headers == headers
 
 
 def test_ordinary_headers_stay_visible_to_proxies() -> None:
@@ -417,7 +424,7 @@ def test_a_proxys_header_wins_over_a_packed_one() -> None:
     assert parse_head(pairs, ROOT).headers == {"x-user": "nobody"}
 
 
-@pytest.mark.parametrize("value", ["not base64!", "gQ", "kA", "gaFhAQ", "!", "g"])
+@pytest.mark.parametrize("value", ["not base64!", "gQ", "kA", "gaFhAQ", "!", "g", "!!!!gA"])
 def test_bad_packed_headers(value: str) -> None:
     fault = fault_of(x_dynwire_meta=value)
     assert fault.status == 400 and "x-dynwire-meta" in fault.detail
@@ -501,6 +508,7 @@ def test_a_request_id_that_is_no_header() -> None:
     _, headers, body = problem(DecodeError("x"), "ü\r\n")
     assert b"x-request-id" not in dict(headers)
     assert json.loads(body)["instance"] == "%C3%BC%0D%0A"
+    assert json.loads(problem(DecodeError("x"), "\udc80")[2])["instance"] == "?"
     assert "instance" not in json.loads(problem(DecodeError("x"))[2])
 
 
@@ -544,6 +552,12 @@ def test_what_a_handler_raised_survives(shape: Any) -> None:
     assert "KeyError" in back.details["traceback"]
     if shape == "json":
         assert json.loads(body)["detail"] == "the handler raised KeyError: 'k'"
+
+
+@pytest.mark.parametrize("headers", [{"content_type": "image/png"}, {"x_request_timeout_ms": "soon"}])
+def test_a_wrong_request_is_told_its_id(headers: dict[str, str]) -> None:
+    _, answer, body = fault_of(x_request_id="id-1", **headers).response()
+    assert dict(answer)[b"x-request-id"] == b"id-1" and json.loads(body)["instance"] == "id-1"
 
 
 def test_a_wrong_request_arrives_as_a_typed_error() -> None:
@@ -615,7 +629,7 @@ def test_a_foreign_page_is_quoted_as_text() -> None:
 
 
 @pytest.mark.parametrize(
-    "body", [b"", b"[]", b"{", b"\xff", b'{"code": "overloaded"}', b'{"type": 1, "code": 2}', b'{"type": "about:blank"}']
+    "body", [b"", b"[]", b"[1]", b"{", b"\xff", b'{"code": "overloaded"}', b'{"type": 1, "code": 2}', b'{"type": "about:blank"}']
 )
 def test_a_foreign_problem(body: bytes) -> None:
     error = error_from_response(503, [(b"content-type", PROBLEM)], body, peer="p:1", request_id=None)
