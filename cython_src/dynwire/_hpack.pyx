@@ -70,7 +70,7 @@ cdef tuple ERRORS = (
     "index 0 or beyond the table",
     "table size update behind a field",
     "table size update above the limit",
-    "the limit was lowered, and the block does not begin with a table size update",
+    "the limit was lowered, and the block does not begin with a table size update to that or less",
     "Huffman code: invalid padding or EOS",
 )
 
@@ -154,7 +154,7 @@ cdef int build_huffman() except -1:
             step.next = <uint8_t>node
             steps[state][byte] = step
     node = 0
-    for depth in range(8):
+    for _ in range(8):
         final[node] = 1
         node = children[node][1]
     return 0
@@ -525,6 +525,7 @@ cdef class HpackDecoder:
         self.table_limit = n
         self.smallest_limit = min(self.smallest_limit, n)
         self.required_update = self.smallest_limit < self.table.maximum
+        # no block is answered from memory until then
         self.generation += 1
         return 0
 
@@ -572,9 +573,11 @@ cdef class HpackDecoder:
             error = read_integer(&p, end, 0x1F, &index)
             if error:
                 return error
-            if index > self.table_limit or self.required_update and index > self.smallest_limit:
+            if index > self.table_limit:
                 return E_UPDATE_LARGE
-            self.required_update = False
+            # hpack and h2 send one update for each change of the limit; any may be the smallest
+            if index <= self.smallest_limit:
+                self.required_update = False
             self.table.maximum = index
             while self.table.used > index:
                 table_evict(&self.table)
@@ -681,7 +684,8 @@ cdef class HpackDecoder:
             return error
         if indexing:
             self.generation += 1
-            # an entry larger than the table empties it and does not enter (RFC 7541 4.4); the name may be that of an evicted entry
+            # an entry larger than the table empties it and does not enter (RFC 7541 4.4); `name` may be that of an evicted entry,
+            # hence the reference of our own
             while self.table.count and self.table.used + size > self.table.maximum:
                 table_evict(&self.table)
         if value == NULL:
