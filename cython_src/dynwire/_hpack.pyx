@@ -22,8 +22,9 @@ from cpython.ref cimport Py_XDECREF, Py_XINCREF, PyObject
 from libc.stdint cimport SIZE_MAX, UINT32_MAX, int16_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
-from hpack.huffman_constants import REQUEST_CODES, REQUEST_CODES_LENGTH
-from hpack.table import HeaderTable
+from hpack.huffman_constants import REQUEST_CODES as _codes
+from hpack.huffman_constants import REQUEST_CODES_LENGTH as _lengths
+from hpack.table import HeaderTable as _HeaderTable
 
 from ._bytes cimport dw_buf, dw_buf_free, dw_buf_reserve
 
@@ -121,8 +122,8 @@ cdef int build_huffman() except -1:
     cdef Step step
     memset(children, 0, sizeof(children))
     for symbol in range(257):
-        codes[symbol] = REQUEST_CODES[symbol]
-        code_bits[symbol] = REQUEST_CODES_LENGTH[symbol]
+        codes[symbol] = _codes[symbol]
+        code_bits[symbol] = _lengths[symbol]
         node = 0
         for depth in range(code_bits[symbol] - 1, -1, -1):
             bit = (codes[symbol] >> depth) & 1
@@ -322,7 +323,7 @@ cdef int build_static() except -1:
     cdef int index, policy
     cdef Known *known
     table = []
-    for name, value in HeaderTable.STATIC_TABLE:
+    for name, value in _HeaderTable.STATIC_TABLE:
         intern(name)
         table.append((interned[name], value))
     static_table = tuple(table)
@@ -481,7 +482,7 @@ cdef class HpackDecoder:
     beyond are dropped, with the table kept right, and `overflow` says so. Time is bounded by the size of the block alone.
     """
 
-    def __cinit__(self, uint32_t table_limit=TABLE_CAP, size_t max_list=65536, uint32_t max_fields=100):
+    def __init__(self, uint32_t table_limit=TABLE_CAP, size_t max_list=65536, uint32_t max_fields=100):
         if max_list > SIZE_MAX // 8:
             raise OverflowError("max_list is too large")
         self.table_limit = table_limit
@@ -760,7 +761,7 @@ cdef class HpackEncoder:
     4096 bytes, whatever the peer allows. ``huffman`` costs time and saves a third of what is not in the table.
     """
 
-    def __cinit__(self, uint32_t table_limit=TABLE_CAP, bint huffman=False):
+    def __init__(self, uint32_t table_limit=TABLE_CAP, bint huffman=False):
         self.table_limit = min(table_limit, <uint32_t>TABLE_CAP)
         self.maximum = self.table_limit
         self.huffman = huffman
