@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+from hpack.exceptions import HPACKDecodingError
 from hpack.huffman import HuffmanEncoder
 from hpack.huffman_constants import REQUEST_CODES, REQUEST_CODES_LENGTH
 from hpack.huffman_table import decode_huffman
@@ -61,7 +62,7 @@ def test_random_code_is_judged_as_hpack_does(seed: int) -> None:
             data += b"\xff" * rng.randrange(1, 6)
         try:
             expected = decode_huffman(data)
-        except Exception:  # noqa: BLE001 - whichever of its errors
+        except HPACKDecodingError:
             expected = None
         if expected is None:
             with pytest.raises(HpackError):
@@ -72,22 +73,22 @@ def test_random_code_is_judged_as_hpack_does(seed: int) -> None:
     assert outcomes == {True, False}
 
 
-@pytest.mark.parametrize("text", [bytes([byte]) for byte in range(256)], ids=lambda text: text.hex())
-def test_padding(text: bytes) -> None:
+def test_padding() -> None:
     """Up to seven ones, and nothing else (RFC 7541 5.2); every symbol ends somewhere else in a byte."""
-    bits = bits_of(text)
-    need = -len(bits) % 8
-    assert huffman_decode(pack(bits + "1" * need)) == text
-    with pytest.raises(HpackError):
-        huffman_decode(pack(bits + "1" * (need + 8)))
-    for zero in range(need):
-        padding = "1" * zero + "0" + "1" * (need - zero - 1)
-        data = pack(bits + padding)
-        if padding in SYMBOLS_WITH_PADDING:
-            assert huffman_decode(data) == text + SYMBOLS_WITH_PADDING[padding]
-        else:
-            with pytest.raises(HpackError):
-                huffman_decode(data)
+    for text in (bytes([byte]) for byte in range(256)):
+        bits = bits_of(text)
+        need = -len(bits) % 8
+        assert huffman_decode(pack(bits + "1" * need)) == text
+        with pytest.raises(HpackError):
+            huffman_decode(pack(bits + "1" * (need + 8)))
+        for zero in range(need):
+            padding = "1" * zero + "0" + "1" * (need - zero - 1)
+            data = pack(bits + padding)
+            if padding in SYMBOLS_WITH_PADDING:
+                assert huffman_decode(data) == text + SYMBOLS_WITH_PADDING[padding]
+            else:
+                with pytest.raises(HpackError):
+                    huffman_decode(data)
 
 
 SYMBOLS_WITH_PADDING = {
