@@ -819,7 +819,7 @@ def judge(results: list[dict[str, Any]], promises: list[Promise]) -> list[dict[s
 
 def bound_text(verdict: dict[str, Any]) -> str:
     bound = verdict["bound"]
-    number = f"1/{1 / bound:.0f}" if bound < 0.24 else f"{bound:g}"
+    number = f"1/{1 / bound:.0f}" if bound < 0.24 else f"{bound:.4g}"
     return f"{'≥' if verdict['op'] == '>=' else '≤'} {number}" + (" ×" if verdict["right"] else "")
 
 

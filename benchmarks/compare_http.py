@@ -43,7 +43,7 @@ import compare  # noqa: E402 - lies beside this script
 from compare import KIB, MIB, Peer, PeerFailed, human  # noqa: E402
 from promises import HTTP_PROMISES  # noqa: E402
 
-CALIBRATION_S = 0.2  # a warm-up run shorter than this says too little about the rate, and JIT compilers are still at work
+CALIBRATION_S = 0.2  # a shorter run says too little about the rate
 H2LOAD_TIMEOUT_S = 60.0
 
 
@@ -56,22 +56,26 @@ def _python(module: str, about: str, needs: str = "", **options: Any) -> Peer:
 
 PEERS: dict[str, Peer] = {
     "nghttpd": Peer(
-        "nghttpd", "nghttpd (C, libnghttp2) sending files from disk cache; it reads a POST and drops it: the limit", uses_loop=False
+        "nghttpd",
+        "nghttpd (C, libnghttp2) sending files from disk cache; it reads a POST and drops it: the limit",
+        uses_loop=False,
     ),
     "nghttpd-echo": Peer(
         "nghttpd", "nghttpd --echo-upload; it keeps an upload in a temporary file", {"echo": True}, uses_loop=False
     ),
     "dynwire": _python("dynwire_http.py", "dynwire's http plane, AsyncNetworkManager"),
-    "dynwire-h2": Peer(
-        "dynwire_http.py", "the same on its second engine, the h2 library", env={"DYNWIRE_HTTP2_ENGINE": "h2"}
-    ),
+    "dynwire-h2": Peer("dynwire_http.py", "the same on its second engine, the h2 library", env={"DYNWIRE_HTTP2_ENGINE": "h2"}),
     "stario": _python("stario_http.py", "stario: Cython over nghttp2, coroutine handlers"),
-    "granian": _python("granian_rsgi.py", "granian, RSGI application, one worker and one runtime thread; JSON by orjson", "granian"),
+    "granian": _python(
+        "granian_rsgi.py", "granian, RSGI application, one worker and one runtime thread; JSON by orjson", "granian"
+    ),
     "hypercorn": _python("hypercorn_asgi.py", "hypercorn on h2, ASGI application; JSON by orjson", "hypercorn"),
     "grpc.aio": _python("grpc_aio.py", "grpc.aio, generic handlers on raw bytes, called by h2load with gRPC framing", "grpcio"),
-    "node": Peer("node_http2.mjs", "Node's http2, stream API", uses_loop=False),
+    "node": Peer("node_http2.mjs", "Node's http2, stream API", {"warm_up_s": 1.0}, uses_loop=False),
     "dynwire-sync": _python("dynwire_http.py", "dynwire, blocking client with one manager", face="sync"),
-    "pycurl-multi": Peer("pycurl_http2.py", "pycurl, one CurlMulti, one connection", {"face": "sync"}, uses_loop=False, needs="pycurl"),
+    "pycurl-multi": Peer(
+        "pycurl_http2.py", "pycurl, one CurlMulti, one connection", {"face": "sync"}, uses_loop=False, needs="pycurl"
+    ),
     "pycurl": Peer("pycurl_http2.py", "pycurl, one easy handle, blocking", {"face": "sync"}, uses_loop=False, needs="pycurl"),
     "httpx": _python("httpx_http2.py", "httpx.AsyncClient(http2=True), one connection", "httpx"),
     "h2+asyncio": _python("h2_asyncio.py", "a client by hand on h2 and an asyncio Protocol", "h2"),
@@ -95,11 +99,17 @@ class HttpRow(compare.Row):
 def all_rows() -> list[HttpRow]:
     def server(level: int, label: str, kind: str, size: int, connections: int, streams: int, contestants: str) -> HttpRow:
         who = tuple(contestants.split())
-        return HttpRow("h2load", kind, size, streams, who, level, label, "server", "split", "uvloop", "default", connections=connections)
+        return HttpRow(
+            "h2load", kind, size, streams, who, level, label, "server", "split", "uvloop", "default", connections=connections
+        )
 
     def client(level: int, label: str, where: str, workload: str, concurrency: int, contestants: str) -> HttpRow:
         who = tuple(contestants.split())
         return HttpRow(workload, "echo", KIB, concurrency, who, level, label, "client", where, "uvloop", "default")
+
+    def streams(level: int, contestants: str) -> HttpRow:
+        label, who = "open-streams", tuple(contestants.split())
+        return HttpRow(label, "0", 64, 32, who, level, label, "server", "split", "uvloop", "default")
 
     everyone = "nghttpd nghttpd-echo dynwire stario granian node hypercorn grpc.aio"
     frameworks = "dynwire stario granian node hypercorn"
@@ -114,19 +124,9 @@ def all_rows() -> list[HttpRow]:
         server(1, "post-1KiB", "echo", KIB, 4, 32, f"{everyone} dynwire-h2"),
         server(1, "post-1KiB-c1m1", "echo", KIB, 1, 1, everyone),
         server(1, "post-1MiB", "echo", MIB, 1, 4, everyone),
-        HttpRow(
-            "open-streams",
-            "0",
-            64,
-            32,
-            tuple(f"{name}:{count}" for name in ("dynwire", "granian", "node", "hypercorn") for count in (0, 1000)),
-            0,
-            "open-streams",
-            "server",
-            "split",
-            "uvloop",
-            "default",
-        ),
+        streams(0, "dynwire:0 dynwire:1000 granian:0 granian:1000 node:0 node:1000"),
+        # with 1000 hypercorn's priority tree gives up; stario allows 256
+        streams(1, "hypercorn:0 hypercorn:900 dynwire-h2:0 dynwire-h2:1000"),
         client(0, "client-32", "split", "unary", 32, "dynwire pycurl-multi node httpx h2+asyncio"),
         client(1, "client-1", "split", "unary", 1, "dynwire pycurl-multi node httpx h2+asyncio"),
         client(0, "client-blocking", "split", "threads", 1, "dynwire-sync pycurl"),
@@ -288,7 +288,18 @@ class HttpPair(compare.Pair):
             self.port = common.free_port()
             options = ["--echo-upload"] if self.peer.options.get("echo") else []
             limit = str(common.MAX_HTTP_STREAMS)
-            server = ["nghttpd", "--no-tls", "-a", "127.0.0.1", "-m", limit, "-d", str(self.bench.htdocs), *options, str(self.port)]
+            server = [
+                "nghttpd",
+                "--no-tls",
+                "-a",
+                "127.0.0.1",
+                "-m",
+                limit,
+                "-d",
+                str(self.bench.htdocs),
+                *options,
+                str(self.port),
+            ]
             # ends with our stdin like every other peer; nghttpd itself does not look at it
             return ["sh", "-c", '"$@" & cat > /dev/null; kill $!', "sh", *server]
         if module == "node_http2.mjs":
@@ -363,8 +374,10 @@ class HttpPair(compare.Pair):
         if count is None:
             self.check(request)
             count, took = row.connections * row.concurrency, 0.0
-            while took < CALIBRATION_S:
-                count = max(count * 2, min(int(count * CALIBRATION_S * 1.5 / max(took, 1e-3)), count * 20)) if took else count
+            warm_up = self.peer.options.get("warm_up_s", CALIBRATION_S)  # longer where a JIT compiler is at work
+            while took < warm_up:
+                if took:
+                    count *= max(2, min(20, int(warm_up * 1.3 / took)))
                 took = self.h2load_once(row, request, count)["seconds"]
             count = self.known[row.name] = max(row.connections, int(count * seconds / took))
         return self.h2load_once(row, request, count)
@@ -561,9 +574,7 @@ class HttpBench(compare.Bench):
 
     def brief(self, result: dict[str, Any]) -> str:
         cpu = "client_us" if result["family"] == "client" else "server_us"
-        parts = [
-            f"{name} {human(c['rate']['median'])}/s {c[cpu]['median']:.1f} us" for name, c in result["contestants"].items()
-        ]
+        parts = [f"{name} {human(c['rate']['median'])}/s {c[cpu]['median']:.1f} us" for name, c in result["contestants"].items()]
         return f"{result['name']}: " + ", ".join(parts or ["nobody took part"])
 
 
@@ -591,7 +602,7 @@ ABOUT_ROWS = {
     "post-1MiB": "POST 1 MiB, raw echo",
     "post-1KiB-c1m1": "the same, one request at a time",
     "chunks": "a reply of 100 chunks of 64 bytes",
-    "open-streams": "POST 64 bytes, 32 at a time, while 0 or 1000 other requests of the connection are open",
+    "open-streams": "POST 64 bytes, 32 at a time, while that many other requests of the connection are open",
     "client-32": "clients: POST 1 KiB, 32 at a time on one connection, to nghttpd",
     "client-1": "clients: POST 1 KiB, one at a time, to nghttpd",
     "client-blocking": "blocking clients: POST 1 KiB, one thread, to nghttpd",
@@ -602,7 +613,14 @@ def row_table(row: dict[str, Any]) -> list[str]:
     client = row["family"] == "client"
     cpu, busy, side = ("client_us", "client_busy", "client") if client else ("server_us", "server_busy", "server")
     latency = "p50_us" if client else "mean_us"
-    head = ["peer", "req/s (min-max)", f"{side} CPU us/request (min-max)", f"{side} busy", f"{latency.removesuffix('_us')} us", "others"]
+    head = [
+        "peer",
+        "req/s (min-max)",
+        f"{side} CPU us/request (min-max)",
+        f"{side} busy",
+        f"{latency.removesuffix('_us')} us",
+        "others",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + " --- |" * len(head)]
     for name, c in sorted(row["contestants"].items(), key=lambda item: item[1][cpu]["median"]):
         lines.append(
@@ -634,17 +652,21 @@ def markdown(report: dict[str, Any], stem: str) -> str:
         + ", ".join(f"{k} {v}" for k, v in env["versions"].items())
         + f". {report['rounds']} rounds of {report['seconds']} s, median (min-max).",
         "",
-        "Server on one core, load on another (one: both on one core); cleartext HTTP/2 with prior knowledge; every server has one",
-        "process that works. Busy: CPU time of the measured side by wall time; where it is far below 100 % the other side or the",
-        "turn-taking is the limit, and only CPU per request tells the contestants apart. Others: share of the machine that other",
-        "processes used meanwhile. nghttpd answers a POST from a file, so that its temporary files are not measured; clients talk",
-        "to that nghttpd.",
+        "Server on one core, load on another (one: both on one core); cleartext HTTP/2 with prior knowledge; every server has",
+        "one process that works. Busy: CPU time of the measured side by wall time; where it is far below 100 % the other side or",
+        "turn-taking is the limit, and only CPU per request tells the contestants apart. Others: share of the machine that",
+        "other processes used meanwhile. nghttpd answers a POST from a file, so that its temporary files are not measured;",
+        "clients talk to that nghttpd.",
         "",
         *[f"- `{name}`: {peer.about}" for name, peer in PEERS.items() if name in known],
         "",
         f"![chart]({stem}.png)",
         "",
-        *([f"## Promises: {met} of {len(report['promises'])} met", "", compare.promise_table(report["promises"], True), ""] if report["promises"] else []),
+        *(
+            [f"## Promises: {met} of {len(report['promises'])} met", "", compare.promise_table(report["promises"], True), ""]
+            if report["promises"]
+            else []
+        ),
     ]
     for row in report["rows"]:
         label = row["name"].split("/")[0]
@@ -697,7 +719,9 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         compare.list_rows(list(select_rows(args)))
         return 0
-    env = compare.environment(("dynwire", "uvloop", "h2", "granian", "Hypercorn", "grpcio", "httpx", "pycurl", "orjson", "Cython"))
+    env = compare.environment(
+        ("dynwire", "uvloop", "h2", "granian", "Hypercorn", "grpcio", "httpx", "pycurl", "orjson", "Cython")
+    )
     env["versions"] |= tool_versions()
     return compare.execute(args, HttpBench(args), env, HTTP_PROMISES, markdown, CHARTS)
 

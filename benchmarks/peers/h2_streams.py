@@ -18,7 +18,7 @@ import common
 
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 END_STREAM, END_HEADERS, ACK = 1, 4, 1
-BATCH, BODY, WARM_UP = 32, b"x" * 64, 20
+BATCH, BODY, WARM_UP = 32, b"x" * 64, 5
 MAX_WINDOW = (1 << 31) - 1
 
 
@@ -35,7 +35,7 @@ def literal(index_or_name, value):
 
 class Connection:
     def __init__(self, port, path):
-        self.socket = socket.create_connection(("127.0.0.1", port), timeout=10)
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=30)
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.rest = b""
         self.window = 65535  # of the connection, towards the server; 64 bytes never fill a stream's

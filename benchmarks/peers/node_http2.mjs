@@ -112,7 +112,7 @@ async function client() {
       let count = known.get(key);
       if (count === undefined) {
         let took = 0;
-        for (count = 1; took < 0.2; count *= 2) took = (await run(command, count, payload)).seconds; // long: the JIT compiler is at work
+        for (count = 1; took < 1.0; count *= 2) took = (await run(command, count, payload)).seconds; // long: the JIT compiler is at work
         count = Math.max(1, Math.floor(((count / 2) * command.seconds) / took));
         known.set(key, count);
       } else {

@@ -60,8 +60,8 @@ class Client(common.SyncClient):
             queued = 1
             while queued:
                 queued, good, bad = multi.info_read()
-                for curl, code, text in bad:
-                    raise RuntimeError(f"curl {code}: {text}")
+                if bad:
+                    raise RuntimeError(f"curl {bad[0][1]}: {bad[0][2]}")
                 for curl in good:
                     latencies.append(common.now_ns() - started_at[curl])
                     multi.remove_handle(curl)

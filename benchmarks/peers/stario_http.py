@@ -45,7 +45,12 @@ async def bootstrap(app: App, span: Span):
 def server(setup):
     port = common.free_port()
     stario.json.set_codec(orjson.dumps, orjson.loads)
-    config = ServerConfig(host="127.0.0.1", port=port, compression=CompressionConfig(zstd_level=-1, brotli_level=-1, gzip_level=-1), graceful_shutdown_timeout=0)
+    config = ServerConfig(
+        host="127.0.0.1",
+        port=port,
+        compression=CompressionConfig(zstd_level=-1, brotli_level=-1, gzip_level=-1),
+        graceful_shutdown_timeout=0,
+    )
     common.end_with_stdin(lambda: os.kill(os.getpid(), signal.SIGTERM))
 
     async def main():
