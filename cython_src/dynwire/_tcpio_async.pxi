@@ -74,8 +74,8 @@ cdef class AsyncConnection(WireConnection):
                             self.received(n - first, self.now)
                         if self.to_wake:
                             wake_readers(self)
-                        if <size_t>n < size:
-                            break
+                        if <size_t>n < size or (<size_t>n == size and not self.assembling):
+                            break  # nothing behind it
                         continue
                 else:
                     n = c_recv(self.fd, base, size, MSG_DONTWAIT)

@@ -336,7 +336,7 @@ cdef class BlockingConnection(WireConnection):
                     else:
                         self.spin_misses = 0
                 if n < 0 and code == EAGAIN:
-                    if seconds < SLICE_MS * 0.001 or landing:
+                    if seconds < SLICE_MS * 0.001:
                         p.fd = fd
                         p.events = POLLIN
                         p.revents = 0
@@ -348,7 +348,8 @@ cdef class BlockingConnection(WireConnection):
                         elif r == 0:
                             code = EAGAIN
                     else:
-                        n = c_recv(fd, base, size, 0)  # the socket's own timeout is one slice
+                        # The socket's own timeout is one slice.
+                        n = readv(fd, iov, 2) if landing else c_recv(fd, base, size, 0)
                         code = errno
             if self.dead:
                 return 0
