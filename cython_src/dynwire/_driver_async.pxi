@@ -73,6 +73,8 @@ cdef class AsyncConnection(Machine):
                         wake_readers(self)
                     if <size_t>n < targets[0].len and self.tls is None:
                         break
+                    if places == 2 and <size_t>n == targets[0].len and not self.more_expected():
+                        break  # a payload is complete and nothing is behind it
                     continue
                 if n == 0:
                     self.lost(PeerLost(f"{self.peer} closed the connection", peer=self.peer, sent="maybe"))

@@ -37,6 +37,7 @@ cdef enum:
     FRAME_LIMIT = 1048576        # largest CONT body that we accept
     NAME_LIMIT = 256             # bytes of an endpoint name
     SMALL_LIMIT = 98900          # largest body of any other frame: payload + metadata + name + lengths
+    FIRST_READ_BYTES = 4096       # how much is read at first behind a large payload: the next message may be large too
     STAGING_BYTES = 131072       # receive buffer; holds any frame but CONT
     HELLO_LIMIT = 16384
     ENDPOINTS_LIMIT = 4096       # endpoint numbers of one connection
@@ -89,6 +90,7 @@ cdef class WireConnection(Link):
     cdef Block land_block                     # keeps the memory that the kernel may be writing to, whatever becomes of the stream
     cdef size_t skip_left
     cdef uint32_t assembling
+    cdef bint expect_large                    # the last thing that came was the end of a large payload
     cdef readonly uint64_t landed_bytes       # written by the kernel straight into their payload
     cdef readonly uint64_t rx_frames
     cdef readonly uint64_t tx_frames

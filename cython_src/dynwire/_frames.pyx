@@ -175,6 +175,8 @@ cdef class WireConnection(Link):
             self.rend = have
         base[0] = self.rbuf + have
         size[0] = STAGING_BYTES - have
+        if self.expect_large and not have:
+            size[0] = FIRST_READ_BYTES  # what is read beyond the announcement is copied
         if self.assembling and not self.skip_left:
             # A large payload is arriving: read exactly to the end of the next header or frame, so that the body of the next
             # fragment is not read into this buffer and copied out of it.
@@ -195,6 +197,9 @@ cdef class WireConnection(Link):
         targets[1].len = HEADER_BYTES
         return 2
 
+    cdef bint more_expected(self):
+        return self.assembling > 0
+
     cdef int received(self, size_t n, double now) except -1:
         cdef size_t rest
         if self.land_left and n > self.land_left:
@@ -212,6 +217,7 @@ cdef class WireConnection(Link):
                 self.finish_landing()
             return 0
         self.rend += n
+        self.expect_large = False
         return self.parse()
 
     cdef int fail(self, str text) except -1:
@@ -339,6 +345,7 @@ cdef class WireConnection(Link):
             return 0
         block = stream.in_block
         self._assembly_over(stream)
+        self.expect_large = True
         if block is None:
             return 0
         payload = payload_of_block(block, stream.in_total)

@@ -115,6 +115,7 @@ cdef class Link:
 
     # what machines implement: receiving
     cdef int recv_targets(self, dw_chunk *targets)
+    cdef bint more_expected(self)
     cdef int received(self, size_t n, double now) except -1
     # sending
     cdef bint has_output(self)

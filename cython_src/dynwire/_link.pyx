@@ -123,6 +123,10 @@ cdef class Link:
         """Where the next bytes from the peer go, at most MAX_TARGETS places in turn; returns how many."""
         return 0
 
+    cdef bint more_expected(self):
+        """Is a payload on its way, of which the next bytes are due?"""
+        return True
+
     cdef int received(self, size_t n, double now) except -1:
         """``n`` bytes were put where `recv_targets` said. Calls back for everything that is complete."""
         return 0
