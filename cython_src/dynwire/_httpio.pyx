@@ -26,9 +26,8 @@ cdef class HttpServerConnection(AsyncServerConnection):
         if isinstance(error, PlaneMismatch) and error.theirs.startswith("dynwire"):
             # Its client tells its caller what it got instead of a HELLO; HTTP/1.1 is what it knows by sight.
             body = (str(error) + "\n").encode()
-            answer = b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%s" % (
-                len(body), body,
-            )  # fmt: skip
+            head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n"
+            answer = b"%scontent-length: %d\r\n\r\n%s" % (head, len(body), body)
             c_send(self.fd, <const char *>answer, len(answer), MSG_DONTWAIT | MSG_NOSIGNAL)
         return AsyncConnection.protocol_failure(self, error)
 

@@ -10,8 +10,8 @@ a body of `dynwire.wire.faults`), u32 big-endian length, payload. So a connectio
 included, as a direct one. The response's head says that the request has been accepted.
 
 Flow control: a reader's items are given back to the window when the application takes them. An item larger than the window
-can arrive only because its bytes are given back early, which happens while nothing else of the stream is unread: what a stream may
-hold is its window and one item. Requests are given back as they arrive, because a handler gets whole requests; the bytes held for
+can arrive only because its bytes are given back early, which happens while nothing else of the stream is unread: what a stream
+may hold is its window and one item. Requests are given back as they arrive, because a handler gets whole requests; the bytes held for
 them are bounded per connection, and one more is refused.
 """
 
@@ -25,21 +25,18 @@ from http import HTTPStatus
 
 import msgspec
 
-from ._buffers cimport Payload, default_pool, payload_copy, payload_of_block
+from ._buffers cimport default_pool, payload_copy, payload_of_block
 from ._bytes cimport dw_buf_free, dw_buf_reserve, dw_ld32be, dw_st32be
 from ._hpack cimport hpack_intern
 from ._http2 cimport K_INFORMATIONAL, K_TRAILERS, ST_CLOSED, ST_HALF_REMOTE
 from ._link cimport (
-    MAX_CHUNKS,
     S_ACCEPTED,
     S_ASSEMBLING,
     S_ENDED,
-    S_PENDING,
     S_QUEUED,
     S_SENDING,
     S_STOP_EARLY,
     S_WRITTEN,
-    size_of,
 )
 
 from h2.errors import ErrorCodes
@@ -48,8 +45,6 @@ from h2.settings import SettingCodes
 from ._frames import describe_foreign
 from ._http2 import Http2ConnectionError, NativeEngine, error_name
 from .errors import (
-    Cancelled,
-    DeadlineExceeded,
     DynwireError,
     MessageTooLarge,
     Overloaded,
@@ -69,8 +64,12 @@ cdef enum:
     CANCEL = 8
     ENHANCE_YOUR_CALM = 11
 
-assert (ErrorCodes.NO_ERROR, ErrorCodes.PROTOCOL_ERROR, ErrorCodes.INTERNAL_ERROR, ErrorCodes.REFUSED_STREAM, ErrorCodes.CANCEL,
-        ErrorCodes.ENHANCE_YOUR_CALM) == (NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR, REFUSED_STREAM, CANCEL, ENHANCE_YOUR_CALM)  # fmt: skip
+assert [
+    ErrorCodes(code).name
+    for code in (NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR, REFUSED_STREAM, CANCEL, ENHANCE_YOUR_CALM)
+] == [
+    "NO_ERROR", "PROTOCOL_ERROR", "INTERNAL_ERROR", "REFUSED_STREAM", "CANCEL", "ENHANCE_YOUR_CALM",
+]  # fmt: skip
 cdef object _MAX_STREAMS_SETTING = int(SettingCodes.MAX_CONCURRENT_STREAMS)
 
 cdef enum:
@@ -212,8 +211,8 @@ cdef uint64_t _PING_LEAVING = 0x64796e7769726503
 cdef class HttpWire(Link):
     """State machine of one connection of the http plane. See the module's docstring."""
 
-    def __init__(self, bint is_client, *, max_message=33554432, str root="/v1/rpc", str authority="", str scheme="http", token=None,
-                 str engine="native", bint adaptive=True, pages=None, **limits):
+    def __init__(self, bint is_client, *, max_message=33554432, str root="/v1/rpc", str authority="", str scheme="http",
+                 token=None, str engine="native", bint adaptive=True, pages=None, **limits):
         self.is_client = is_client
         self.max_message = max_message
         self.peer_max_message = max_message
@@ -294,7 +293,6 @@ cdef class HttpWire(Link):
         return 1
 
     cdef int received(self, size_t n, double now) except -1:
-        cdef unsigned char *base
         self.rx_bytes += n
         self.now = now
         self.last_rx = now
@@ -331,8 +329,8 @@ cdef class HttpWire(Link):
             return 0
         theirs = describe_foreign(head)
         raise PlaneMismatch(
-            f"{self.peer} speaks {theirs}, but this is the dynwire http plane, which needs HTTP/2 there: the worker is on another plane "
-            "(check DYN_REQUEST_PLANE on both sides), or a proxy before it does not speak HTTP/2 without TLS",
+            f"{self.peer} speaks {theirs}, but this is the dynwire http plane, which needs HTTP/2 there: the worker is on another "
+            "plane (check DYN_REQUEST_PLANE on both sides), or a proxy before it does not speak HTTP/2 without TLS",
             ours="http (HTTP/2)", theirs=theirs, peer=self.peer, details={"head": head.decode("latin-1")},
         )  # fmt: skip
 
@@ -485,16 +483,17 @@ cdef class HttpWire(Link):
             if stream.state & S_ASSEMBLING:
                 return self.request_done(stream)
             return stream.on_cancel(2)
-        who = "the peer" if remote else "this side"
         if code == REFUSED_STREAM:
             stream.state &= ~S_WRITTEN
             error = PeerLost(f"{self.peer} did not process the request (REFUSED_STREAM)", peer=self.peer, sent="no")
         elif not remote:
             error = ProtocolError(
-                f"{self.peer} broke HTTP/2 on this request's stream ({error_name(code)})", peer=self.peer, sent="maybe", phase="reply"
-            )
+                f"{self.peer} broke HTTP/2 on this request's stream ({error_name(code)})", peer=self.peer, sent="maybe",
+                phase="reply",
+            )  # fmt: skip
         elif code == ENHANCE_YOUR_CALM:
-            error = Overloaded(f"{self.peer} reset the stream (ENHANCE_YOUR_CALM)", depth=0, limit=0, peer=self.peer, sent="maybe")
+            text = f"{self.peer} reset the stream (ENHANCE_YOUR_CALM)"
+            error = Overloaded(text, depth=0, limit=0, peer=self.peer, sent="maybe")
         else:
             error = PeerLost(f"{self.peer} reset the stream ({error_name(code)})", peer=self.peer, sent="maybe")
         self.finish_call(ex)
@@ -549,7 +548,9 @@ cdef class HttpWire(Link):
             self.bdp_bandwidth = bandwidth
             if 3 * self.bdp_bytes >= 2 * self.bdp_estimate and self.bdp_estimate < _BDP_LIMIT:
                 self.bdp_estimate = min(max(2 * self.bdp_bytes, self.bdp_estimate), _BDP_LIMIT)
-                self.engine.set_windows(<uint32_t>self.bdp_estimate, max(self.bdp_estimate, <uint64_t>self.engine.connection_window))
+                self.engine.set_windows(
+                    <uint32_t>self.bdp_estimate, max(self.bdp_estimate, <uint64_t>self.engine.connection_window)
+                )
                 self.bdp_delay = max(self.bdp_delay / 2, 0.01)
                 self.bdp_stable = 0
                 self.bdp_next = self.now + self.bdp_delay
@@ -632,6 +633,7 @@ cdef class HttpWire(Link):
             elif name is _TYPE:
                 content_type = value
             elif name is _ACCEPT:
+                usual = usual and accept is None
                 accept = value
             elif name is _LENGTH:
                 ex.length = _digits(value)
@@ -725,7 +727,8 @@ cdef class HttpWire(Link):
 
     cdef object too_large(self, int64_t size):
         return MessageTooLarge(
-            f"a request of {size} bytes exceeds the limit of {self.max_message} bytes (DYN_TCP_MAX_MESSAGE_SIZE on the worker's side)",
+            f"a request of {size} bytes exceeds the limit of {self.max_message} bytes (DYN_TCP_MAX_MESSAGE_SIZE on the worker's "
+            "side)",
             size=size, limit=self.max_message, setting="DYN_TCP_MAX_MESSAGE_SIZE", sent="no", phase="send",
         )  # fmt: skip
 
@@ -1040,7 +1043,6 @@ cdef class HttpWire(Link):
 
     cdef int put_error(self, StreamBase stream, int code, bytes body) except -1:
         cdef Exchange ex = stream.under
-        cdef unsigned char *out
         stream.state |= S_ENDED
         stream.state &= ~S_SENDING
         if ex is None or ex.ended:
@@ -1183,7 +1185,6 @@ cdef class HttpWire(Link):
     cdef int response_began(self, Exchange ex, list headers, bint end) except -1:
         cdef object name
         cdef StreamBase stream = ex.stream
-        cdef int kind = 0
         if stream is None:
             return 0
         for pair in headers:
@@ -1277,10 +1278,10 @@ cdef class HttpWire(Link):
                 if <int64_t>ex.item_size > self.max_message:
                     self.engine.consumed(None, n)
                     return self.fault(ex, MessageTooLarge(
-                        f"a reply item of {ex.item_size} bytes from {self.peer} exceeds this side's limit of {self.max_message} bytes; "
-                        "raise DYN_TCP_MAX_MESSAGE_SIZE",
-                        size=ex.item_size, limit=self.max_message, setting="DYN_TCP_MAX_MESSAGE_SIZE", peer=self.peer, phase="reply",
-                        sent="yes", request_id=ex.request_id,
+                        f"a reply item of {ex.item_size} bytes from {self.peer} exceeds this side's limit of {self.max_message} "
+                        "bytes; raise DYN_TCP_MAX_MESSAGE_SIZE",
+                        size=ex.item_size, limit=self.max_message, setting="DYN_TCP_MAX_MESSAGE_SIZE", peer=self.peer,
+                        phase="reply", sent="yes", request_id=ex.request_id,
                     ), CANCEL)  # fmt: skip
                 if ex.item_size >= LARGE_ITEM:
                     ex.block = default_pool.take(ex.item_size)
@@ -1300,7 +1301,10 @@ cdef class HttpWire(Link):
                 break
             size = ex.item_size
             if ex.item_kind == ITEM_ERROR:
-                body = PyBytes_FromStringAndSize(<char *>ex.body.p, ex.body.n) if ex.block is None else bytes(payload_of_block(ex.block, size))
+                if ex.block is None:
+                    body = PyBytes_FromStringAndSize(<char *>ex.body.p, ex.body.n)
+                else:
+                    body = bytes(payload_of_block(ex.block, size))
                 stream = ex.stream
                 self.finish_call(ex)
                 self.end_upload(ex)
@@ -1327,7 +1331,8 @@ cdef class HttpWire(Link):
             self.finish_call(ex)
             self.end_upload(ex)
             if broken:
-                return stream.on_lost(PeerLost(f"{self.peer} ended the reply in the middle of an item", peer=self.peer, sent="yes"))
+                error = PeerLost(f"{self.peer} ended the reply in the middle of an item", peer=self.peer, sent="yes")
+                return stream.on_lost(error)
             return stream.on_end()
         if ex.item_have > ex.early_now and ex.unread == 0:
             # Nothing else of the stream is unread: the item may need more than the window to become complete.
@@ -1434,7 +1439,6 @@ cdef class HttpWire(Link):
         return self.h1_sent < self.h1_out.n
 
     cdef bint has_unsent(self):
-        cdef StreamBase stream
         if self.has_output():
             return True
         for found in self.slots:

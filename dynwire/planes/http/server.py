@@ -102,4 +102,3 @@ def _info(name: str, entry: Any) -> http_api.EndpointInfo:
         description=inspect.getdoc(handler.function) or "",
         request_type=handler.request_type,
     )
-
