@@ -465,10 +465,19 @@ cdef inline bint _good_bytes(const unsigned char *p, Py_ssize_t n, int level) no
     return True
 
 
+cdef inline bint _is_trailers(const unsigned char *value) noexcept:
+    """A word of a grammar, so case does not matter (RFC 9110 10.1.4, RFC 5234 2.3)."""
+    cdef int i
+    for i in range(8):
+        if value[i] | 0x20 != <unsigned char>b"trailers"[i]:
+            return False
+    return True
+
+
 cdef inline bint _forbidden(const unsigned char *name, Py_ssize_t n, const unsigned char *value, Py_ssize_t size) noexcept:
     """Fields that are about the connection (RFC 9113 8.2.2)."""
     if n == 2:
-        return memcmp(name, "te", 2) == 0 and not (size == 8 and memcmp(value, "trailers", 8) == 0)
+        return memcmp(name, "te", 2) == 0 and not (size == 8 and _is_trailers(value))
     if n == 7:
         return memcmp(name, "upgrade", 7) == 0
     if n == 10:

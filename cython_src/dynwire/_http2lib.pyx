@@ -73,6 +73,8 @@ cdef enum:                       # Http2Stream.bits
     B_FULL = 2                   # room() said no
     B_GONE = 4                   # on_closed was called
     B_COUNTS = 8                 # towards `live`
+    B_NO_BODY = 16               # (server) answer to HEAD, or a status without content
+    B_ANSWERED = 32              # (server) the final status is sent
 
 cdef double _PREFACE_S = 10.0
 cdef double _ACK_S = 10.0
@@ -109,6 +111,7 @@ cdef class LibraryEngine(Http2Engine):
             client_side=is_client,
             header_encoding=None,
             validate_inbound_headers=True,
+            normalize_inbound_headers=False,  # joins cookie fields, and moves them
             # what the owner sends is its own business, as with NativeEngine
             validate_outbound_headers=False,
             normalize_outbound_headers=False,
@@ -234,6 +237,8 @@ cdef class LibraryEngine(Http2Engine):
             self.streams[s.id] = s
             self.live += 1
             self.last_inbound = s.id
+            if (b":method", b"HEAD") in event.headers:
+                s.bits |= B_NO_BODY
             return self.headers_received(s, event, K_REQUEST)
         if kind is ResponseReceived or kind is InformationalResponseReceived or kind is TrailersReceived:
             s = self.streams.get(event.stream_id)
@@ -385,6 +390,12 @@ cdef class LibraryEngine(Http2Engine):
         if s.queued:
             s.trailers = headers
             return 0
+        if not self.is_client and not s.bits & B_ANSWERED:
+            status = headers[0][1]
+            if not status.startswith(b"1"):
+                s.bits |= B_ANSWERED
+                if s.bits & B_NO_BODY or status == b"204" or status == b"304":
+                    end = True
         try:
             self.conn.send_headers(s.id, headers, end_stream=end)
         except StreamClosedError:

@@ -94,7 +94,7 @@ class Frame:
 
     def __str__(self) -> str:
         name = TYPE_NAMES[self.type] if self.type < len(TYPE_NAMES) else f"type {self.type}"
-        if self.type in (RST_STREAM, GOAWAY):
+        if self.type in (RST_STREAM, GOAWAY) and len(self.payload) >= (8 if self.type == GOAWAY else 4):
             debug = f" {self.payload[8:]!r}" if self.type == GOAWAY and len(self.payload) > 8 else ""
             return f"{name}({self.stream}, {error_name(self.code)}{debug})"
         if self.ack:

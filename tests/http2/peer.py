@@ -263,7 +263,7 @@ class EnginePeer(Peer):
         self.events += events
         for event in events:
             self.react(event)
-        self.fresh += self.conn.output()
+        self.flush()
 
     def read(self) -> bool:
         fresh, self.fresh = self.fresh, b""
@@ -303,6 +303,7 @@ class EnginePeer(Peer):
 
     def flush(self) -> None:
         self.fresh += self.conn.output()
+        self.events += self.conn.events_now()
 
     def greet_and_request(self, method: bytes = b"GET", *extra: f.Field, end: bool = True) -> int:
         self.greet()
