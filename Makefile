@@ -56,7 +56,7 @@ $(VENV)/.stamp-extra-%: pyproject.toml .ci/requirements.py | $(VENV)/.stamp-tool
 	$(REQUIREMENTS) core $* | $(PIP) install --requirement /dev/stdin
 	@touch $@
 
-build: $(VENV)/.stamp-package $(VENV)/.stamp-extra-speed $(VENV)/.stamp-extra-cli  ## environment, compiled modules, dynwire command
+build: $(VENV)/.stamp-package $(VENV)/.stamp-extra-speed $(VENV)/.stamp-extra-cli $(VENV)/.stamp-extra-http  ## environment, compiled modules, dynwire command
 
 # --- what users run ---------------------------------------------------------------------------------------------------
 
