@@ -347,7 +347,12 @@ class HttpPair(compare.Pair):
 
     def run(self, row: compare.Row, kind: str, seconds: float) -> dict[str, Any]:
         assert isinstance(row, HttpRow)
-        result = self.watched(lambda: self.measure(row, kind, seconds))
+        try:
+            result = self.watched(lambda: self.measure(row, kind, seconds))
+        except PeerFailed as error:
+            if self.server.poll() is not None:
+                raise PeerFailed(f"{error}; the server ended: {self.log_tail()}") from None
+            raise
         result["rss_server"] = sum(map(compare.rss_bytes, self.tree))
         result["server_us"] = result["cpu_server"] / result["units"] * 1e6
         result["client_us"] = result["cpu_client"] / result["units"] * 1e6
