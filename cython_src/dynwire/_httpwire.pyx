@@ -1029,13 +1029,25 @@ cdef class HttpWire(Link):
     cdef int put_encoded(self, Exchange ex, const unsigned char *p, size_t n, int kind, bint last) except -1:
         """An item for somebody else's client."""
         cdef bytes data
+        cdef unsigned char *out
+        cdef size_t size
         cdef list fields
         if last and not ex.begun and not ex.is_head and (
             kind == 2 and ex.shape <= SH_JSON or kind == 2 and ex.shape == SH_AUTO or kind == 0 and ex.shape >= SH_RAW
         ):
-            fields = [_STATUS_OK, <tuple>_KIND_FIELDS[kind], (_LENGTH, PyBytes_FromFormat("%zu", n)), (_ID, self.id_of(ex))]
-            self.reply_head(ex, fields, n == 0)
-            if n:
+            size = n + 1 if kind else n  # a document ends with a line end, for people with a shell
+            fields = [_STATUS_OK, <tuple>_KIND_FIELDS[kind], (_LENGTH, PyBytes_FromFormat("%zu", size)), (_ID, self.id_of(ex))]
+            self.reply_head(ex, fields, size == 0)
+            if kind:
+                out = dw_buf_reserve(&self.scratch, size)
+                if out is NULL:
+                    raise MemoryError()
+                memcpy(out, p, n)
+                out[n] = 10
+                self.reply_data(ex, out, size, None, True)
+                if self.scratch.cap > SNIFF_BYTES:
+                    dw_buf_free(&self.scratch)
+            elif n:
                 self.reply_data(ex, p, n, None, True)
             elif ex.h2 is None:
                 self.h1_flush()
