@@ -1,5 +1,6 @@
-from collections.abc import Buffer
 from typing import Final, final
+
+from typing_extensions import Buffer
 
 NEVER_INDEXED: Final[frozenset[bytes]]
 SENSITIVE: Final[frozenset[bytes]]

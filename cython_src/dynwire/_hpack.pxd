@@ -39,6 +39,7 @@ ctypedef struct Index:
     uint8_t[BUCKETS] by_pair     # slot + 1
     uint8_t[BUCKETS] by_name
 
+
 @cython.final
 cdef class HpackDecoder:
     cdef readonly uint32_t table_limit  # the SETTINGS_HEADER_TABLE_SIZE that we announced and the peer has acknowledged
@@ -65,6 +66,7 @@ cdef class HpackDecoder:
     cdef int _literal(self, const unsigned char **at, const unsigned char *end, size_t *total) noexcept
     cdef int _keep(self, PyObject *pair, size_t size, size_t *total) noexcept
 
+
 @cython.final
 cdef class HpackEncoder:
     cdef public bint huffman            # literals in Huffman code where that is shorter
@@ -84,6 +86,7 @@ cdef class HpackEncoder:
     cdef uint32_t _age(self, uint32_t slot) noexcept
     cdef void _insert(self, PyObject *pair, size_t size, uint32_t pair_hash, uint32_t name_hash) noexcept
     cdef void _shrink(self, size_t size) noexcept
+
 
 # The object that stands for a well-known name (static table and the names of NAMES), or a new bytes object.
 cdef bytes hpack_intern(const unsigned char *p, size_t n)

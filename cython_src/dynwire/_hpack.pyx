@@ -22,8 +22,9 @@ from cpython.ref cimport Py_XDECREF, Py_XINCREF, PyObject
 from libc.stdint cimport SIZE_MAX, UINT32_MAX, int16_t, uint8_t, uint32_t, uint64_t
 from libc.string cimport memcmp, memcpy, memset
 
-from hpack.huffman_constants import REQUEST_CODES, REQUEST_CODES_LENGTH
-from hpack.table import HeaderTable
+from hpack.huffman_constants import REQUEST_CODES as _codes
+from hpack.huffman_constants import REQUEST_CODES_LENGTH as _lengths
+from hpack.table import HeaderTable as _HeaderTable
 
 from ._bytes cimport dw_buf, dw_buf_free, dw_buf_reserve
 
@@ -70,7 +71,7 @@ cdef tuple ERRORS = (
     "index 0 or beyond the table",
     "table size update behind a field",
     "table size update above the limit",
-    "the limit was lowered, and the block does not begin with a table size update",
+    "the limit was lowered, and the block does not begin with a table size update to that or less",
     "Huffman code: invalid padding or EOS",
 )
 
@@ -121,8 +122,8 @@ cdef int build_huffman() except -1:
     cdef Step step
     memset(children, 0, sizeof(children))
     for symbol in range(257):
-        codes[symbol] = REQUEST_CODES[symbol]
-        code_bits[symbol] = REQUEST_CODES_LENGTH[symbol]
+        codes[symbol] = _codes[symbol]
+        code_bits[symbol] = _lengths[symbol]
         node = 0
         for depth in range(code_bits[symbol] - 1, -1, -1):
             bit = (codes[symbol] >> depth) & 1
@@ -154,7 +155,7 @@ cdef int build_huffman() except -1:
             step.next = <uint8_t>node
             steps[state][byte] = step
     node = 0
-    for depth in range(8):
+    for _ in range(8):
         final[node] = 1
         node = children[node][1]
     return 0
@@ -322,7 +323,7 @@ cdef int build_static() except -1:
     cdef int index, policy
     cdef Known *known
     table = []
-    for name, value in HeaderTable.STATIC_TABLE:
+    for name, value in _HeaderTable.STATIC_TABLE:
         intern(name)
         table.append((interned[name], value))
     static_table = tuple(table)
@@ -481,7 +482,7 @@ cdef class HpackDecoder:
     beyond are dropped, with the table kept right, and `overflow` says so. Time is bounded by the size of the block alone.
     """
 
-    def __cinit__(self, uint32_t table_limit=TABLE_CAP, size_t max_list=65536, uint32_t max_fields=100):
+    def __init__(self, uint32_t table_limit=TABLE_CAP, size_t max_list=65536, uint32_t max_fields=100):
         if max_list > SIZE_MAX // 8:
             raise OverflowError("max_list is too large")
         self.table_limit = table_limit
@@ -525,6 +526,7 @@ cdef class HpackDecoder:
         self.table_limit = n
         self.smallest_limit = min(self.smallest_limit, n)
         self.required_update = self.smallest_limit < self.table.maximum
+        # no block is answered from memory until then
         self.generation += 1
         return 0
 
@@ -572,9 +574,11 @@ cdef class HpackDecoder:
             error = read_integer(&p, end, 0x1F, &index)
             if error:
                 return error
-            if index > self.table_limit or self.required_update and index > self.smallest_limit:
+            if index > self.table_limit:
                 return E_UPDATE_LARGE
-            self.required_update = False
+            # hpack and h2 send one update for each change of the limit; any may be the smallest
+            if index <= self.smallest_limit:
+                self.required_update = False
             self.table.maximum = index
             while self.table.used > index:
                 table_evict(&self.table)
@@ -614,10 +618,10 @@ cdef class HpackDecoder:
         return OK
 
     cdef int _keep(self, PyObject *pair, size_t size, size_t *total) noexcept:
-        """Count a field; add it to the block's unless that makes too much."""
+        """Count a field; add it to the block's unless that makes too much: then it is too much for all that follow, too."""
         cdef PyObject **fields
         total[0] += size
-        if self.overflow or total[0] > self.max_list or self.n_fields >= self.max_fields:
+        if total[0] > self.max_list or self.n_fields >= self.max_fields:
             self.overflow = 2 if total[0] > 4 * self.max_list else 1
             return OK
         if self.n_fields == self.fields_room:
@@ -681,7 +685,8 @@ cdef class HpackDecoder:
             return error
         if indexing:
             self.generation += 1
-            # an entry larger than the table empties it and does not enter (RFC 7541 4.4); the name may be that of an evicted entry
+            # an entry larger than the table empties it and does not enter (RFC 7541 4.4); `name` may be that of an evicted entry,
+            # hence the reference of our own
             while self.table.count and self.table.used + size > self.table.maximum:
                 table_evict(&self.table)
         if value == NULL:
@@ -756,7 +761,7 @@ cdef class HpackEncoder:
     4096 bytes, whatever the peer allows. ``huffman`` costs time and saves a third of what is not in the table.
     """
 
-    def __cinit__(self, uint32_t table_limit=TABLE_CAP, bint huffman=False):
+    def __init__(self, uint32_t table_limit=TABLE_CAP, bint huffman=False):
         self.table_limit = min(table_limit, <uint32_t>TABLE_CAP)
         self.maximum = self.table_limit
         self.huffman = huffman

@@ -1064,8 +1064,8 @@ cdef class NativeEngine(Http2Engine):
         """RFC 9113 6.9."""
         cdef Http2Stream s
         cdef int situation
-        self._glitch("too_many_window_updates")
         if sid == 0:
+            self._glitch("too_many_window_updates")
             if increment == 0:
                 self.fail(E_PROTOCOL, "WINDOW_UPDATE of 0")
             if self.send_window + increment > MAX_WINDOW:
@@ -1078,6 +1078,7 @@ cdef class NativeEngine(Http2Engine):
         situation = <int>s.state if s is not None else self._situation(sid)
         if self._verdict(situation, I_WINDOW, sid, s):
             return 0
+        self._glitch("too_many_window_updates")
         if increment == 0:
             return self._stream_error(sid, s, E_PROTOCOL)
         if s.send_window + increment > MAX_WINDOW:
@@ -1594,7 +1595,6 @@ cdef class NativeEngine(Http2Engine):
             p[at + i * FRAME_HEAD + 3] = T_CONTINUATION if i else T_HEADERS
             p[at + i * FRAME_HEAD + 4] = flags
             dw_st32be(p + at + i * FRAME_HEAD + 5, sid)
-        self.credit += 4
         return 0
 
     cdef int send_headers(self, Http2Stream s, list headers, bint end) except -1:
@@ -1602,6 +1602,7 @@ cdef class NativeEngine(Http2Engine):
         cdef bytes status
         if s.state == ST_CLOSED or s.state == ST_HALF_LOCAL or s.bits & SB_END_QUEUED or self.dead:
             return 0
+        self.credit += 4
         if s.bits & SB_SENT_HEADERS:
             # trailers, which always end the stream
             if s.queued:

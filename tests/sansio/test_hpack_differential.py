@@ -80,13 +80,13 @@ def test_their_encoder_our_decoder(seed: int) -> None:
     encoder, decoder = hpack.Encoder(), HpackDecoder(**NO_LIMIT)
     for _ in range(BLOCKS):
         if rng.random() < 0.05:
-            for limit in rng.choices((0, 60, 200, 1000, 4096, 10_000), k=rng.randrange(1, 4)):
+            # hpack sends every change, forgets them all when the last is none, and would exceed a limit that was lowered twice
+            limits = sorted(rng.sample((0, 60, 200, 1000, 4096, 10_000), k=rng.randrange(1, 4)))
+            for limit in limits if limits[0] != encoder.header_table_size else limits[1:]:
                 encoder.header_table_size = limit
                 decoder.set_table_limit(limit)
         message = messages.message()
-        marked = [
-            hpack.NeverIndexedHeaderTuple(*pair) if rng.random() < 0.1 else hpack.HeaderTuple(*pair) for pair in message
-        ]
+        marked = [hpack.NeverIndexedHeaderTuple(*pair) if rng.random() < 0.1 else hpack.HeaderTuple(*pair) for pair in message]
         data = encoder.encode(marked, huffman=rng.random() < 0.7)
         assert decoder.decode_bytes(data) == message
         assert decoder.entries == list(encoder.header_table.dynamic_entries)
@@ -127,7 +127,7 @@ def test_any_bytes_are_judged_as_hpack_does(seed: int) -> None:
     messages = Messages(rng)
     encoder, ours, theirs = hpack.Encoder(), HpackDecoder(**NO_LIMIT), hpack.Decoder(1 << 40)
     good = bad = 0
-    for _ in range(1500):
+    for _ in range(600):
         data = bytearray(encoder.encode(messages.message(), huffman=rng.random() < 0.5))
         if rng.random() < 0.2:
             data = bytearray(rng.randbytes(rng.randrange(20)))
