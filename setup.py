@@ -14,7 +14,12 @@ import sys
 from Cython.Build import cythonize
 from setuptools import Extension, setup
 
-MODULES = ["_buffers", "_context", "_frames", "_hpack", "_http2", "_http2lib", "_awaitable", "_tcpio"]
+# fmt: off
+MODULES = [
+    "_buffers", "_context", "_link", "_frames", "_hpack", "_http2", "_http2lib", "_httpwire",
+    "_awaitable", "_tcpio", "_httpio",
+]
+# fmt: on
 
 debug = os.environ.get("DYNWIRE_BUILD_DEBUG") == "1"
 sanitize = os.environ.get("DYNWIRE_BUILD_SANITIZE") == "1"

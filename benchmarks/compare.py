@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(HERE))
 
-from promises import PROMISES  # noqa: E402 - lies beside this script
+from promises import PROMISES, Promise  # noqa: E402 - lies beside this script
 
 KIB, MIB = 1 << 10, 1 << 20
 STARTUP_TIMEOUT_S = 20.0
@@ -290,6 +291,16 @@ def all_rows() -> list[Row]:
     return rows
 
 
+def takes_part(contestant: str, args: argparse.Namespace) -> bool:
+    """By the options --peers and --without; ``*`` stands for anything in them, the part behind a colon does not count."""
+    name = contestant.split(":")[0]
+
+    def named(patterns: str) -> bool:
+        return any(fnmatch.fnmatch(name, pattern.strip()) for pattern in patterns.split(","))
+
+    return (not args.peers or named(args.peers)) and not (args.without and named(args.without))
+
+
 def select_rows(args: argparse.Namespace) -> list[Row]:
     level = 2 if args.full else 0 if args.short else 1
     chosen: dict[str, Row] = {}
@@ -302,10 +313,7 @@ def select_rows(args: argparse.Namespace) -> list[Row]:
             continue
         if args.congestion != "all" and row.congestion != args.congestion:
             continue
-        contestants = row.contestants
-        if args.peers:
-            wanted = [w.strip() for w in args.peers.split(",")]
-            contestants = tuple(c for c in contestants if any(fnmatch.fnmatch(c.split(":")[0], w) for w in wanted))
+        contestants = tuple(c for c in row.contestants if takes_part(c, args))
         if row.name in chosen:  # the same row at a higher level: all who take part at either
             earlier = chosen[row.name]
             contestants = earlier.contestants + tuple(c for c in contestants if c not in earlier.contestants)
@@ -387,19 +395,21 @@ class Pair:
     """Server and client process of one peer in one environment."""
 
     def __init__(self, peer_name: str, row: Row, bench: Bench) -> None:
-        self.name, self.peer, self.row, self.bench = peer_name, PEERS[peer_name], row, bench
+        self.name, self.peer, self.row, self.bench = peer_name, bench.peers[peer_name], row, bench
         self.processes: list[subprocess.Popen[bytes]] = []
         self.buffers: dict[int, bytes] = {}
         self.directory = tempfile.mkdtemp(prefix="dynwire-bench-", dir=bench.scratch)
         self.log = open(os.path.join(self.directory, "stderr"), "w+b")  # noqa: SIM115 - closed in stop()
 
+    def command(self, role: str, arguments: list[str]) -> list[str]:
+        if self.peer.module == "limits":
+            return [str(self.bench.limits), role, *arguments]
+        return [sys.executable, str(HERE / "peers" / self.peer.module), role, *arguments]
+
     def _spawn(self, role: str, arguments: list[str], core: int | None) -> subprocess.Popen[bytes]:
         env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "0", **self.peer.env}
         prefix = self.bench.reno.prefix if self.row.congestion == "reno" else []
-        if self.peer.module == "limits":
-            command = [str(self.bench.limits), role, *arguments]
-        else:
-            command = [sys.executable, str(HERE / "peers" / self.peer.module), role, *arguments]
+        command = self.command(role, arguments)
         before = os.sched_getaffinity(0)
         if core is not None:
             os.sched_setaffinity(0, {core})  # inherited by every thread of the child
@@ -441,11 +451,13 @@ class Pair:
         lines = self.log.read().decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else "no message"
 
-    def start(self) -> None:
+    def placement(self) -> tuple[int | None, int | None]:
+        """The cores of server and client."""
         cores = self.bench.cores
-        server_core, client_core = {"split": (cores[0], cores[1]), "one": (cores[0], cores[0])}.get(
-            self.row.placement, (None, None)
-        )
+        return {"split": (cores[0], cores[1]), "one": (cores[0], cores[0])}.get(self.row.placement, (None, None))
+
+    def start(self) -> None:
+        server_core, client_core = self.placement()
         if self.peer.module == "limits":
             mode = self.peer.options["mode"]
             server = self._spawn("server", [mode], server_core)
@@ -487,16 +499,26 @@ class Pair:
                     "large_kind": "sink",
                 }
             )
+        result = self.watched(lambda: self.ask(line, seconds))
+        result["rss_client"], result["rss_server"] = rss_bytes(self.client.pid), rss_bytes(self.server.pid)
+        return result
+
+    def ask(self, line: str, seconds: float) -> dict[str, Any]:
+        """Send a command to the client process and wait for its result."""
         assert self.client.stdin
-        cpu0, own0, t0 = busy_cpu_s(), self.cpu_s(), time.monotonic()
         self.client.stdin.write(line.encode() + b"\n")
         self.client.stdin.flush()
         result = self._line(self.client, 15.0 + seconds * 12)
         if "error" in result:
             raise PeerFailed(result["error"])
+        return result
+
+    def watched(self, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """Run one measurement and add which share of the machine somebody else used meanwhile."""
+        cpu0, own0, t0 = busy_cpu_s(), self.cpu_s(), time.monotonic()
+        result = measure()
         wall, busy, own = time.monotonic() - t0, busy_cpu_s() - cpu0, self.cpu_s() - own0
-        result["rss_client"], result["rss_server"] = rss_bytes(self.client.pid), rss_bytes(self.server.pid)
-        result["others"] = max(0.0, (busy - own) / wall / len(self.bench.cores))  # share of the machine that somebody else used
+        result["others"] = max(0.0, (busy - own) / wall / len(self.bench.cores))
         return result
 
     def cpu_s(self) -> float:
@@ -550,6 +572,10 @@ class Progress:
 
 
 class Bench:
+    """The rows of this script; compare_http.py derives its own from it."""
+
+    peers = PEERS
+
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
         self.scratch = tempfile.mkdtemp(prefix="dynwire-compare-")
@@ -580,18 +606,29 @@ class Bench:
         if built.returncode:
             self.missing["limits"] = built.stderr.strip().splitlines()[-1]
 
-    def run(self) -> None:
-        rows = select_rows(self.args)
-        self.progress = Progress(len(rows))
-        if len(self.cores) < 2:
-            self.note("one core only: split rows are left out")
-            rows = [r for r in rows if r.placement != "split"]
+    def rows(self) -> list[Row]:
+        return select_rows(self.args)
+
+    def make_pair(self, peer_name: str, row: Row) -> Pair:
+        return Pair(peer_name, row, self)
+
+    def prepare(self, rows: list[Row]) -> list[Row]:
+        """Build and start what the rows need; returns those that can run here."""
         self.build_limits()
         if any(r.congestion == "reno" for r in rows):
             reason = self.reno.start()
             if reason is not None:
                 self.note(f"reno rows are left out: no private network namespace here ({reason})")
                 rows = [r for r in rows if r.congestion != "reno"]
+        return rows
+
+    def run(self) -> None:
+        rows = self.rows()
+        self.progress = Progress(len(rows))
+        if len(self.cores) < 2:
+            self.note("one core only: split rows are left out")
+            rows = [r for r in rows if r.placement != "split"]
+        rows = self.prepare(rows)
         deadline = time.monotonic() + self.args.budget
         group: tuple[str, ...] | None = None
         failed: dict[str, str] = {}
@@ -613,13 +650,13 @@ class Bench:
             self.close()
 
     def pair(self, peer_name: str, row: Row, failed: dict[str, str]) -> Pair | None:
-        peer = PEERS[peer_name]
+        peer = self.peers[peer_name]
         if peer.module in self.missing or peer_name in failed:
             failed.setdefault(peer_name, self.missing.get(peer.module, ""))
             return None
         if peer_name not in self.pairs:
             self.progress.show(f"{row.name}: starting {peer_name}")
-            pair = self.pairs[peer_name] = Pair(peer_name, row, self)
+            pair = self.pairs[peer_name] = self.make_pair(peer_name, row)
             try:
                 pair.start()
             except PeerFailed as error:
@@ -663,8 +700,14 @@ class Bench:
                     kind_failed.add(contestant)
                     self.drop(peer_name, row, f"{contestant}: {error}", failed)
                     failed.pop(peer_name, None)  # other rows of the group may work: start afresh
-        self.results.append(summarize(row, runs))
-        self.progress.print(brief(self.results[-1]))
+        self.results.append(self.summarize(row, runs))
+        self.progress.print(self.brief(self.results[-1]))
+
+    def summarize(self, row: Row, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+        return summarize(row, runs)
+
+    def brief(self, result: dict[str, Any]) -> str:
+        return brief(result)
 
     def stop_pairs(self) -> None:
         for pair in self.pairs.values():
@@ -754,11 +797,11 @@ def brief(result: dict[str, Any]) -> str:
 # Output -------------------------------------------------------------------------------------------------------------------
 
 
-def judge(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def judge(results: list[dict[str, Any]], promises: list[Promise]) -> list[dict[str, Any]]:
     """Every promise whose row was run, with the ratio measured (medians) and its range over single rounds."""
     by_name = {r["name"]: r for r in results}
     verdicts = []
-    for promise in PROMISES:
+    for promise in promises:
         row = by_name.get(promise.row)
         if row is None:
             continue
@@ -776,7 +819,7 @@ def judge(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def bound_text(verdict: dict[str, Any]) -> str:
     bound = verdict["bound"]
-    number = f"1/{1 / bound:.0f}" if bound < 0.24 else f"{bound:g}"
+    number = f"1/{1 / bound:.0f}" if bound < 0.24 else f"{bound:.4g}"
     return f"{'≥' if verdict['op'] == '>=' else '≤'} {number}" + (" ×" if verdict["right"] else "")
 
 
@@ -848,9 +891,9 @@ def result_tables(results: list[dict[str, Any]]) -> str:
     return "\n".join(out)
 
 
-def environment() -> dict[str, Any]:
+def environment(packages: tuple[str, ...]) -> dict[str, Any]:
     versions = {}
-    for name in ("dynwire", "uvloop", "pyzmq", "grpcio", "picows", "msgspec", "Cython"):
+    for name in packages:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
 
@@ -924,7 +967,7 @@ CHARTS = [  # title, row pattern, metric, axis
 ]
 
 
-def chart(report: dict[str, Any], base: Path) -> None:
+def chart(report: dict[str, Any], base: Path, charts: list[tuple[str, str, str, str]]) -> None:
     try:
         import matplotlib
     except ImportError:
@@ -935,7 +978,7 @@ def chart(report: dict[str, Any], base: Path) -> None:
     from matplotlib import pyplot
 
     panels = []
-    for title, pattern, metric, axis in CHARTS:
+    for title, pattern, metric, axis in charts:
         for row in report["rows"]:
             if re.search(pattern, row["name"]) and row["contestants"]:
                 panels.append((title, row, metric, axis))
@@ -982,39 +1025,50 @@ def chart(report: dict[str, Any], base: Path) -> None:
     pyplot.close(figure)
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
+def common_options(description: str, rounds: str, seconds: str, budget: str) -> argparse.ArgumentParser:
+    """The options of this script and of compare_http.py; the texts name the defaults."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--short", action="store_true", help="every promised ratio, under 3 minutes")
-    parser.add_argument("--full", action="store_true", help="every placement, loop and congestion control")
-    parser.add_argument("--only", metavar="REGEX", help="rows whose name (label/placement/loop/congestion) matches")
-    parser.add_argument("--rounds", type=int, help="rounds per row (short 3, else 5)")
-    parser.add_argument("--seconds", type=float, help="length of one measurement (short 0.25, else 0.5)")
+    parser.add_argument("--only", metavar="REGEX", help="rows whose name (as --list prints it) matches")
+    parser.add_argument("--rounds", type=int, help=f"rounds per row ({rounds})")
+    parser.add_argument("--seconds", type=float, help=f"length of one measurement ({seconds})")
     parser.add_argument(
         "--patience", type=int, help="repeat a measurement up to so often while others use the machine (short 0, else 2)"
     )
-    parser.add_argument(
-        "--budget", type=float, help="seconds for the whole run: rounds are cut, then rows (short 165, else 1500, full 5400)"
-    )
+    parser.add_argument("--budget", type=float, help=f"seconds for the whole run: rounds are cut, then rows ({budget})")
     parser.add_argument("--peers", metavar="A,B*", help="contestants by name; * allowed")
-    parser.add_argument("--placement", choices=["split", "one", "free", "all"], default="all")
-    parser.add_argument("--loop", choices=["uvloop", "asyncio", "all"], default="all")
-    parser.add_argument("--congestion", choices=["default", "reno", "all"], default="all")
+    parser.add_argument("--without", metavar="A,B*", help="leave these contestants out; * allowed")
     parser.add_argument("--check", action="store_true", help="exit status 1 if a promise of the rows that ran is not met")
     parser.add_argument("--json", action="store_true", help="print the whole report as JSON on stdout")
     parser.add_argument("--list", action="store_true", help="list the rows and who takes part, and stop")
-    parser.add_argument("--output", type=Path, help="where to write, without suffix (default benchmarks/results/compare-MODE)")
-    args = parser.parse_args(argv)
-    if args.short and args.full:
-        parser.error("--short and --full exclude each other")
+    parser.add_argument("--output", type=Path, help="where to write, without suffix (default benchmarks/results/NAME-MODE)")
+    return parser
+
+
+def check_regex(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     try:
         re.compile(args.only or "")
     except re.error as error:
         parser.error(f"--only: {error}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = common_options(
+        (__doc__ or "").split("\n\n")[0], "short 3, else 5", "short 0.25, else 0.5", "short 165, else 1500, full 5400"
+    )
+    parser.add_argument("--full", action="store_true", help="every placement, loop and congestion control")
+    parser.add_argument("--placement", choices=["split", "one", "free", "all"], default="all")
+    parser.add_argument("--loop", choices=["uvloop", "asyncio", "all"], default="all")
+    parser.add_argument("--congestion", choices=["default", "reno", "all"], default="all")
+    args = parser.parse_args(argv)
+    if args.short and args.full:
+        parser.error("--short and --full exclude each other")
+    check_regex(parser, args)
     args.rounds = args.rounds or (3 if args.short else 5)
     args.seconds = args.seconds or (0.25 if args.short else 0.5)
     args.patience = args.patience if args.patience is not None else (0 if args.short else 2)
     args.budget = args.budget or (165.0 if args.short else 5400.0 if args.full else 1500.0)
-    partial = any([args.only, args.peers, args.placement != "all", args.loop != "all", args.congestion != "all"])
+    partial = any([args.only, args.peers, args.without, args.placement != "all", args.loop != "all", args.congestion != "all"])
     args.mode = "short" if args.short else "full" if args.full else "normal"
     args.output = args.output or HERE / "results" / f"compare-{'partial' if partial else args.mode}"
     return args
@@ -1023,14 +1077,30 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     if args.list:
-        for row in select_rows(args):
-            print(f"{row.name:45} {' '.join(row.contestants)}")
+        list_rows(select_rows(args))
         return 0
+    packages = ("dynwire", "uvloop", "pyzmq", "grpcio", "picows", "msgspec", "Cython")
+    return execute(args, Bench(args), environment(packages), PROMISES, markdown, CHARTS)
+
+
+def list_rows(rows: list[Row]) -> None:
+    for row in rows:
+        print(f"{row.name:45} {' '.join(row.contestants)}")
+
+
+def execute(
+    args: argparse.Namespace,
+    bench: Bench,
+    env: dict[str, Any],
+    promises: list[Promise],
+    render: Callable[[dict[str, Any], str], str],
+    charts: list[tuple[str, str, str, str]],
+) -> int:
+    """Run the rows, write the results, print the promises; returns the exit status."""
     # Also for SIGTERM, and where a shell started us with SIGINT ignored: end our processes, write what there is.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
-    bench = Bench(args)
-    env, started, interrupted = environment(), time.monotonic(), False
+    started, interrupted = time.monotonic(), False
     try:
         bench.run()
     except KeyboardInterrupt:
@@ -1045,7 +1115,7 @@ def main(argv: list[str] | None = None) -> int:
         "seconds": args.seconds,
         "took_s": time.monotonic() - started,
         "repeated": bench.retried,
-        "promises": judge(bench.results),
+        "promises": judge(bench.results, promises),
         "notes": bench.notes,
         "rows": bench.results,
     }
@@ -1054,8 +1124,8 @@ def main(argv: list[str] | None = None) -> int:
         return 130 if interrupted else 1
     args.output.parent.mkdir(parents=True, exist_ok=True)
     args.output.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
-    args.output.with_suffix(".md").write_text(markdown(report, args.output.name))
-    chart(report, args.output)
+    args.output.with_suffix(".md").write_text(render(report, args.output.name))
+    chart(report, args.output, charts)
     if args.json:
         print(json.dumps(report))
     else:

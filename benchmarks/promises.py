@@ -1,4 +1,4 @@
-"""The speed that issue #2 promises, as data. compare.py measures both sides of a ratio in one row of one run and judges it.
+"""The speed that issues #2 and #3 promise, as data. compare.py and compare_http.py measure both sides in one row of one run.
 
 ``left`` and ``right`` are contestants of the row (``peer`` or ``peer:kind``), the measured value is ``metric(left) /
 metric(right)``, or the plain metric where ``right`` is empty. ``<=`` on times, CPU and memory, ``>=`` on rates.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 class Promise:
     text: str
     row: str
-    metric: str  # rate | p50_us | p99_us | cpu_s_per_100k | rss_client | rss_server | server_bytes_per_stream
+    metric: str  # of a row, for example rate, p50_us, cpu_s_per_100k, server_us (CPU of the server per request)
     left: str
     op: str
     bound: float
@@ -93,4 +93,38 @@ PROMISES: list[Promise] = [
     Promise("RSS of the server, picows", f"unary-64B-c256/{SPLIT}", "rss_server", "dynwire", "<=", 1.2, "picows"),
     Promise("p99 beside a 16 MiB transfer, alone", f"beside-16MiB/{SPLIT}", "p99_us", "dynwire:beside", "<=", 3, "dynwire"),
     Promise("bytes of server RSS per idle stream", f"idle-10000/{SPLIT}", "server_bytes_per_stream", "dynwire", "<=", 8192),
+]
+
+
+# The http plane, compare_http.py
+
+
+def _server(text: str, row: str, bound: float, peer: str) -> list[Promise]:
+    """At least ``bound`` times the peer's rate; and by CPU per request, which says the same and does not depend on the load
+    generator keeping up or on neighbours."""
+    return [
+        Promise(text, f"{row}/split", "rate", "dynwire", ">=", bound, peer),
+        Promise(f"{text}, by CPU", f"{row}/split", "server_us", "dynwire", "<=", 1 / bound, peer),
+    ]
+
+
+HTTP_PROMISES: list[Promise] = [
+    *_server("POST 1 KiB, stario", "post-1KiB", 1.5, "stario"),
+    *_server("POST 1 KiB, granian RSGI", "post-1KiB", 3, "granian"),
+    *_server("POST 1 KiB, hypercorn", "post-1KiB", 40, "hypercorn"),
+    *_server("POST 1 KiB, grpc.aio", "post-1KiB", 30, "grpc.aio"),
+    *_server("JSON in and out, granian RSGI with orjson", "json", 1.5, "granian"),
+    *_server("GET /live, nghttpd", "live", 0.4, "nghttpd"),
+    *_server("GET /live, stario", "live", 1.5, "stario"),
+    *_server("POST 64 KiB, stario", "post-64KiB", 1, "stario"),
+    *_server("POST 64 KiB, granian RSGI", "post-64KiB", 2, "granian"),
+    *_server("100 chunks, stario", "chunks", 1.5, "stario"),
+    *_server("100 chunks, granian RSGI", "chunks", 3, "granian"),
+    # "flat": 10 % for what two runs of the same thing differ by
+    Promise("1000 open streams, none", "open-streams/split", "server_us", "dynwire:1000", "<=", 1.1, "dynwire:0"),
+    Promise("client, 32 in flight, h2 + asyncio", "client-32/split", "rate", "dynwire", ">=", 4, "h2+asyncio"),
+    Promise("client, 32 in flight, Node's http2", "client-32/split", "rate", "dynwire", ">=", 1.5, "node"),
+    Promise("client, 32 in flight, pycurl, by CPU", "client-32/split", "client_us", "dynwire", "<=", 1, "pycurl-multi"),
+    Promise("blocking client, a core each, pycurl", "client-blocking/split", "p50_us", "dynwire-sync", "<=", 1, "pycurl"),
+    Promise("blocking client, one core, pycurl", "client-blocking/one", "p50_us", "dynwire-sync", "<=", 1, "pycurl"),
 ]

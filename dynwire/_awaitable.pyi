@@ -6,7 +6,7 @@ from typing import IO, Any, Self
 from typing_extensions import disjoint_base
 
 from ._context import Context
-from ._frames import StreamBase
+from ._link import StreamBase
 from .codec import msgpack_encode as msgpack_encode
 from .types import Handler, Instance
 
@@ -18,6 +18,22 @@ class ChannelBase:
     def in_flight(self) -> int: ...
     @property
     def peer(self) -> str: ...
+
+@disjoint_base
+class BlockingCaller:
+    _home: Any
+    _default_timeout: Any
+    def call(
+        self,
+        payload: Any,
+        *,
+        timeout: Any = None,
+        reply_type: Any = None,
+        headers: Any = None,
+        context: Any = None,
+        instance: Any = None,
+        deadline: Any = ...,
+    ) -> Any: ...
 
 @disjoint_base
 class Waiter(StreamBase):

@@ -4,6 +4,7 @@ import msgspec
 from typing_extensions import disjoint_base
 
 from ._buffers import Payload
+from ._link import Link, StreamBase
 
 WIRE_MAJOR: Final[int]
 WIRE_MINOR: Final[int]
@@ -25,24 +26,10 @@ class Hello(msgspec.Struct, kw_only=True):
 def describe_foreign(head: bytes) -> str: ...
 
 @disjoint_base
-class StreamBase: ...
-
-@disjoint_base
 class LargeSend: ...
 
 @disjoint_base
-class WireConnection:
-    ready: bool
-    draining: bool
-    dead: bool
-    peer: str | None
-    connection_id: bytes
-    last_rx: float
-    in_dispatch: bool
-    congested: bool
-    channel_buffer: int
-    keepalive_interval: float
-    keepalive_timeout: float
+class WireConnection(Link):
     def __init__(
         self,
         is_client: bool,
@@ -53,14 +40,6 @@ class WireConnection:
         connection_window: int = 67108864,
     ) -> None: ...
     @property
-    def is_client(self) -> bool: ...
-    @property
-    def max_message(self) -> int: ...
-    @property
-    def peer_max_message(self) -> int: ...
-    @property
-    def max_streams(self) -> int: ...
-    @property
     def stream_window(self) -> int: ...
     @property
     def connection_window(self) -> int: ...
@@ -69,17 +48,11 @@ class WireConnection:
     @property
     def peer_connection_window(self) -> int: ...
     @property
-    def rx_bytes(self) -> int: ...
-    @property
     def landed_bytes(self) -> int: ...
     @property
     def rx_frames(self) -> int: ...
     @property
     def tx_frames(self) -> int: ...
-    @property
-    def tx_frames_bytes(self) -> int: ...
-    @property
-    def live(self) -> int: ...
     def stats(self) -> dict[str, Any]: ...
     def start(
         self, *, software: str, connection_id: bytes = b"", token: str | None = None, accept_timeout_ms: int = 10000

@@ -93,7 +93,7 @@ class AsyncServerConnection(AsyncConnection):
     def kill_tasks(self, entry: EndpointEntry | None = None) -> int: ...
 
 @disjoint_base
-class AsyncTcpChannel(ChannelBase):
+class AsyncSocketChannel(ChannelBase):
     def __init__(self, instance: Instance, pool: Any, options: RequestOptions, loop: asyncio.AbstractEventLoop) -> None: ...
     @property
     def pool(self) -> Any: ...
@@ -142,7 +142,13 @@ class BlockingConnection(WireConnection):
 @disjoint_base
 class BlockingPool:
     def __init__(
-        self, address: str, limit: int, open_connection: Callable[[BlockingPool, float], BlockingConnection]
+        self,
+        address: str,
+        limit: int,
+        open_connection: Callable[[BlockingPool, float], BlockingConnection],
+        *,
+        idle_timeout: float = 60.0,
+        max_idle: int = 65535,
     ) -> None: ...
     @property
     def limit(self) -> int: ...
@@ -155,7 +161,7 @@ class BlockingPool:
     def stats(self) -> list[dict[str, Any]]: ...
 
 @disjoint_base
-class BlockingTcpChannel(ChannelBase):
+class BlockingSocketChannel(ChannelBase):
     def __init__(self, instance: Instance, pool: BlockingPool, options: RequestOptions) -> None: ...
     @property
     def pool(self) -> BlockingPool: ...

@@ -13,11 +13,12 @@ from asyncio import _get_running_loop
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
+from ._awaitable import BlockingCaller
 from ._context import Context
 from .calls import INHERIT, Deadline, call_context, connect_timeout, deadline_of
 from .errors import ConfigError, DynwireError, ManagerClosed
 from .migration import Resume
-from .portal import NOWHERE, check_may_block, where
+from .portal import check_may_block, where
 from .replies import AsyncReplyStream, ReplyStream, StreamRequest
 from .routing import Entry
 from .runtime import Route, attempts
@@ -378,7 +379,7 @@ async def _conduct(
         return finished.value
 
 
-class Client:
+class Client(BlockingCaller):
     """Blocking twin of `AsyncClient`: calls one endpoint, from any number of threads. Made by `Endpoint.client`."""
 
     def __init__(
@@ -397,75 +398,62 @@ class Client:
         self._home: Route | None = None
         self._closed = False
 
-    @overload
-    def call(
-        self,
-        payload: Any,
-        *,
-        timeout: Timeouts | float | None = None,
-        reply_type: None = None,
-        headers: Mapping[str, str] | None = None,
-        context: Context | None = None,
-        instance: int | None = None,
-        deadline: Deadline = INHERIT,
-    ) -> Any: ...
+    if TYPE_CHECKING:
 
-    @overload
-    def call(
-        self,
-        payload: Any,
-        *,
-        timeout: Timeouts | float | None = None,
-        reply_type: type[T],
-        headers: Mapping[str, str] | None = None,
-        context: Context | None = None,
-        instance: int | None = None,
-        deadline: Deadline = INHERIT,
-    ) -> T: ...
+        @overload
+        def call(
+            self,
+            payload: Any,
+            *,
+            timeout: Timeouts | float | None = None,
+            reply_type: None = None,
+            headers: Mapping[str, str] | None = None,
+            context: Context | None = None,
+            instance: int | None = None,
+            deadline: Deadline = INHERIT,
+        ) -> Any: ...
 
-    @overload
-    def call(
+        @overload
+        def call(
+            self,
+            payload: Any,
+            *,
+            timeout: Timeouts | float | None = None,
+            reply_type: type[T],
+            headers: Mapping[str, str] | None = None,
+            context: Context | None = None,
+            instance: int | None = None,
+            deadline: Deadline = INHERIT,
+        ) -> T: ...
+
+        @overload
+        def call(
+            self,
+            payload: Any,
+            *,
+            timeout: Timeouts | float | None = None,
+            reply_type: Any,
+            headers: Mapping[str, str] | None = None,
+            context: Context | None = None,
+            instance: int | None = None,
+            deadline: Deadline = INHERIT,
+        ) -> Any: ...
+
+        def call(self, payload: Any, **keywords: Any) -> Any: ...
+
+    def _call(
         self,
         payload: Any,
-        *,
-        timeout: Timeouts | float | None = None,
+        timeout: Timeouts | float | None,
         reply_type: Any,
-        headers: Mapping[str, str] | None = None,
-        context: Context | None = None,
-        instance: int | None = None,
-        deadline: Deadline = INHERIT,
-    ) -> Any: ...
-
-    def call(
-        self,
-        payload: Any,
-        *,
-        timeout: Timeouts | float | None = None,
-        reply_type: Any = None,
-        headers: Mapping[str, str] | None = None,
-        context: Context | None = None,
-        instance: int | None = None,
-        deadline: Deadline = INHERIT,
+        headers: Mapping[str, str] | None,
+        context: Context | None,
+        instance: int | None,
+        deadline: Deadline,
+        started: float,
+        first: tuple[Entry, DynwireError | None] | None,
     ) -> Any:
-        """Send a request, wait for its only reply item and return it; keywords as for `AsyncClient.call`. Any thread.
-
-        Ctrl-C ends the wait and kills the handler. Raises any `DynwireError`, and `RuntimeError` in a thread that runs an
-        event loop.
-        """
-        if timeout is None:
-            timeout = self._default_timeout
-        started = 0.0 if timeout is None else monotonic()
-        first: tuple[Entry, DynwireError | None] | None = None
-        route = self._home
-        if route is not None and headers is None and context is None and instance is None and deadline is INHERIT:
-            turn = route.turn
-            if turn is not None and where() == NOWHERE:
-                channel = None
-                try:
-                    channel = turn()
-                    return channel.call(payload, timeout, reply_type)
-                except DynwireError as error:
-                    first = route.after_turn(channel, error)
+        """What `call` leaves; the arguments as resolved there, ``first`` is the attempt that it made."""
         check_may_block()
         context, limit = call_context(context, headers, deadline)
         moment = deadline_of(timeout, started, limit)

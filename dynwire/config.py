@@ -370,6 +370,29 @@ class HttpConfig(_Part):
     adaptive_window: bool = setting(
         True, "DYN_HTTP2_ADAPTIVE_WINDOW", Flag(), "flow-control window follows the measured bandwidth-delay product"
     )
+    stream_window: int = setting(
+        1048576,
+        "DYNWIRE_HTTP2_STREAM_WINDOW",
+        _bytes(65535, _U31),
+        "unread per stream before its writer waits; where DYN_HTTP2_ADAPTIVE_WINDOW is on, to begin with",
+        unit="bytes",
+    )
+    connection_window: int = setting(
+        4194304, "DYNWIRE_HTTP2_CONNECTION_WINDOW", _bytes(65535, _U31), "the same per connection", unit="bytes"
+    )
+    tls_cert: str | None = setting(
+        None, "DYNWIRE_HTTP_TLS_CERT", Optional_(Text()), "PEM file of the server's certificate; the server then speaks TLS only"
+    )
+    tls_key: str | None = setting(
+        None, "DYNWIRE_HTTP_TLS_KEY", Optional_(Text()), "PEM file of its key", default_text="in the certificate's file"
+    )
+    tls_ca: str | None = setting(
+        None,
+        "DYNWIRE_HTTP_TLS_CA",
+        Optional_(Text()),
+        "PEM file of the authorities that callers trust",
+        default_text="the system's",
+    )
     engine: str = setting("native", "DYNWIRE_HTTP2_ENGINE", Choice("native", "h2"), "HTTP/2 implementation")
 
 

@@ -36,6 +36,17 @@ def _tcp() -> Plane:
     return Plane("tcp", tcp.AsyncTcpServer, tcp.AsyncTcpClient, lambda config, portal: tcp.TcpClient(config))
 
 
+def _http() -> Plane:
+    try:
+        import h2  # noqa: F401  # brings hpack; h11 is imported when somebody speaks HTTP/1.1
+    except ImportError as error:
+        text = "the http plane needs h2, hpack and h11: pip install 'dynwire[http]'"
+        raise ConfigError(text, name="DYN_REQUEST_PLANE", value="http", allowed="tcp, or http with its packages") from error
+    from .planes import http
+
+    return Plane("http", http.AsyncHttpServer, http.AsyncHttpClient, lambda config, portal: http.HttpClient(config))
+
+
 def _memory() -> Plane:
     from .planes import memory
     from .planes.portal_faces import PortalClient
@@ -48,7 +59,7 @@ def _memory() -> Plane:
     )
 
 
-_PLANES: dict[str, Callable[[], Plane]] = {"tcp": _tcp, "memory": _memory}
+_PLANES: dict[str, Callable[[], Plane]] = {"tcp": _tcp, "http": _http, "memory": _memory}
 """Name to loader. A further plane is one entry here; what it depends on is imported when it is used."""
 
 

@@ -22,6 +22,7 @@ import gc
 import json
 import os
 import resource
+import socket
 import sys
 import threading
 import time
@@ -47,6 +48,45 @@ def stream_request(items: int, size: int) -> bytes:
 def parse_stream_request(payload: Any) -> tuple[int, int]:
     items, size = bytes(payload).split()
     return int(items), int(size)
+
+
+# Peers of compare_http.py ---------------------------------------------------------------------------------------------------
+
+HTTP_ROOT = "/v1/rpc/demo/bench"
+ECHO_PATH, JSON_PATH, CHUNKS_PATH = f"{HTTP_ROOT}/echo", f"{HTTP_ROOT}/json", f"{HTTP_ROOT}/chunks"
+LIVE_PATH = "/live"
+LIVE_BODY = b"alive\n"
+CHUNK, CHUNKS = b"x" * 64, 100
+MAX_HTTP_STREAMS = 2000
+"""Concurrent streams per connection that every server is told to allow, where it has such a setting."""
+OCTETS, JSON = "application/octet-stream", "application/json"
+JSON_REQUEST = {
+    "id": "6f1c2a90-0b7e-4a51-9a3e-3d5b7f7b1c11",
+    "model": "demo-8b",
+    "prompt": "Write one sentence about the sea. " * 6,
+    "token_ids": list(range(1000, 1032)),
+    "sampling": {"temperature": 0.7, "top_p": 0.95, "max_tokens": 128, "stop": ["\n\n"]},
+    "stream": False,
+}
+"""About 500 bytes of JSON: a small completion request."""
+
+
+def end_with_stdin(stop: Callable[[], object]) -> None:
+    """For servers that own the main thread: call ``stop`` from another thread when stdin closes."""
+
+    def wait() -> None:
+        while os.read(0, 65536):  # not through sys.stdin: a child forked meanwhile would find its lock held
+            pass
+        stop()
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def free_port() -> int:
+    """A port for servers that cannot be asked which one they got; the kernel does not hand it out again soon."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 # Line protocol ------------------------------------------------------------------------------------------------------------

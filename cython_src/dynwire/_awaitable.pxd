@@ -2,13 +2,18 @@ from cpython.object cimport PyObject
 from libc.stdint cimport uint32_t
 
 from ._context cimport Context
-from ._frames cimport StreamBase, WireConnection
+from ._link cimport Link, StreamBase
 
 cdef class ChannelBase:
 
     cdef readonly object instance
     cdef readonly int in_flight
     cdef readonly object peer
+
+cdef class BlockingCaller:
+
+    cdef public object _home
+    cdef public object _default_timeout
 
 cdef enum:
     PENDING = 0
@@ -43,7 +48,7 @@ cdef class Waiter(StreamBase):
     cdef str sent_state(self)
     cdef int fail_with(self, object error, bint direct) except -1
     cdef int rearm(self) except -1
-    cdef int give_up(self, WireConnection conn) except -1
+    cdef int give_up(self, Link conn) except -1
     cdef object timeout_error(self, double now)
 
 cdef class CallFuture(Waiter):
@@ -64,7 +69,7 @@ cdef class ItemReader(Waiter):
     cdef readonly long delivered
     cdef double first_item_timeout
     cdef double between_items_timeout
-    cdef WireConnection source       # its connection, also after the last item has arrived
+    cdef Link source       # its connection, also after the last item has arrived
     cdef int take(self, PyObject **result) except? -1
     cdef int finish(self, object error) except -1
     cdef object closed_error(self)
@@ -98,6 +103,8 @@ cdef class HandlerTask(StreamBase):
     cdef EndpointEntry entry
     cdef Context context
     cdef object pycontext
+    cdef object variables            # what pycontext holds, as long as it was not changed
+    cdef bint shown                  # that variables hold the context where it is counted, see dw_one_mapping
     cdef object coro                 # coroutine or async generator
     cdef object awaitable            # what is being driven: coro itself, or the awaitable of one step of the generator
     cdef object waiting_for          # future that it is suspended on
@@ -130,8 +137,10 @@ cdef class HandlerTask(StreamBase):
     cdef object peer
     cdef bint tracebacks
 
-    cdef int begin(self, WireConnection conn, EndpointEntry entry, object payload, int kind, bytes meta, double deadline,
+    cdef int begin(self, Link conn, EndpointEntry entry, object payload, int kind, object meta, double deadline,
                    double accept_at, object base_context) except -1
+    cdef int set_variables(self, object base_context) except -1
+    cdef bint variables_untouched(self)
     cdef int step(self, object error) except -1
     cdef int suspend(self, object future) except -1
     cdef int emit(self, object item, bint last) except -1
@@ -147,4 +156,4 @@ cdef class HandlerTask(StreamBase):
     cdef int recycle(self) except -1
 
 cdef int leave_task(object loop) except -1
-cdef int wake_readers(WireConnection conn) except -1
+cdef int wake_readers(Link conn) except -1

@@ -26,25 +26,25 @@ from libc.math cimport INFINITY
 from libc.stdint cimport uint32_t
 from libc.stdlib cimport free, realloc
 
-from ._context cimport CTX_KILLED, CTX_STOPPED, Context, current_var
-from ._frames cimport (
-    ITEM_OVERHEAD,
+from ._context cimport CTX_KILLED, CTX_STOPPED, Context, current_var, loop_mark
+from ._link cimport (
     S_ACCEPTED,
     S_ENDED,
     S_PENDING,
     S_SENDING,
     S_STOP_EARLY,
     S_WRITTEN,
-    T_ACCEPT,
+    Link,
     StreamBase,
-    WireConnection,
 )
 
+from .calls import INHERIT
 from .codec import encode, msgpack_encode, unpack
 from .errors import (
     Cancelled,
     DeadlineExceeded,
     DecodeError,
+    DynwireError,
     MessageTooLarge,
     PeerLost,
     ProtocolError,
@@ -76,7 +76,41 @@ cdef extern from *:
         }
         return m->am_anext(agen);
     }
+    /* The variables of a contextvars.Context: an immutable mapping, replaced at every set. Python's headers do not show the
+       struct; it is the same from 3.7 to 3.14, and dw_one_mapping looks at what is found there. */
+    typedef struct { PyObject_HEAD PyObject *prev; PyObject *vars; } dw_pycontext;
+    static PyObject *dw_context_vars(PyObject *context) {
+    #if PY_VERSION_HEX < 0x030F0000 && !defined(Py_GIL_DISABLED)
+        return ((dw_pycontext *)context)->vars;
+    #else
+        return NULL;
+    #endif
+    }
+    static int dw_has_weakrefs(PyObject *o) {
+        return *(PyObject **)((char *)o + Py_TYPE(o)->tp_weaklistoffset) != NULL;
+    }
+    struct dw_search { PyObject *wanted; PyObject *node; int depth; int found; };
+    static int dw_visit(PyObject *o, void *arg) {
+        struct dw_search *s = arg;
+        if (s->depth == 0) s->node = o;
+        else if (o == s->wanted) s->found = 1;
+        return 0;
+    }
+    /* Does the mapping hold the value in its root node? Then whoever derives another mapping from it takes a reference of the
+       value's own; below the root he would take one of a node only. */
+    static int dw_one_mapping(PyObject *vars, PyObject *value) {
+        struct dw_search s = {value, NULL, 0, 0};
+        if (strcmp(Py_TYPE(vars)->tp_name, "hamt") != 0) return 0;
+        Py_TYPE(vars)->tp_traverse(vars, dw_visit, &s);
+        if (s.node == NULL || Py_TYPE(s.node)->tp_traverse == NULL) return 0;
+        s.depth = 1;
+        Py_TYPE(s.node)->tp_traverse(s.node, dw_visit, &s);
+        return s.found;
+    }
     """
+    PyObject *dw_context_vars(object context)
+    bint dw_has_weakrefs(object o)
+    bint dw_one_mapping(PyObject *vars, object value)
     ctypedef int (*dw_sendfunc)(PyObject *, PyObject *, PyObject **)
     void dw_set_am_send(PyObject *type, dw_sendfunc f)
     object dw_anext(object agen)
@@ -92,6 +126,7 @@ cdef extern from "Python.h":
     void PyBuffer_Release(Py_buffer *)
     int PyObject_CheckBuffer(object)
     int PyDict_SetItem(object, object, object) except -1
+    Py_ssize_t dw_refcnt "Py_REFCNT"(PyObject *)
     unsigned long PyThread_get_thread_ident()
 
 cdef enum:
@@ -108,7 +143,7 @@ cdef int leave_task(object loop) except -1:
     return 0
 
 
-cdef int wake_readers(WireConnection conn) except -1:
+cdef int wake_readers(Link conn) except -1:
     """Wake those for whom items have come since the last call."""
     cdef ItemReader reader
     cdef list readers = conn.to_wake
@@ -123,6 +158,7 @@ cdef int wake_readers(WireConnection conn) except -1:
 cdef object _msgpack_decode = msgspec.msgpack.Decoder().decode
 cdef object _msgpack_encode = msgpack_encode
 cdef object _monotonic = time.monotonic
+cdef object _INHERIT = INHERIT
 cdef tuple _KINDS = ("raw", "msgpack", "json")
 
 
@@ -146,6 +182,41 @@ cdef inline object decode_item(object item, int kind, object reply_type):
 
 cdef class ChannelBase:
     pass
+
+
+cdef class BlockingCaller:
+    """The hot path of `dynwire.client.Client.call`; everything that is not a reply of the channel whose turn it is, is in _call.
+
+    Keyword arguments that are not given cost a dictionary lookup each in a Python function, more than the rest of this one.
+    """
+
+    def call(self, payload, *, timeout=None, reply_type=None, headers=None, context=None, instance=None, deadline=_INHERIT):
+        """Send a request, wait for its only reply item and return it; keywords as for `AsyncClient.call`. Any thread.
+
+        Ctrl-C ends the wait and kills the handler. Raises any `DynwireError`, and `RuntimeError` in a thread that runs an
+        event loop.
+        """
+        cdef object first = None
+        cdef object started = 0.0
+        cdef object route = self._home
+        cdef object turn, channel
+        if timeout is None:
+            timeout = self._default_timeout
+        if timeout is not None:
+            started = _monotonic()
+        if (
+            route is not None and headers is None and context is None and instance is None and deadline is _INHERIT
+            and loop_mark() is None
+        ):  # fmt: skip
+            turn = route.turn
+            if turn is not None:
+                channel = None
+                try:
+                    channel = turn()
+                    return channel.call(payload, timeout, reply_type)
+                except DynwireError as error:
+                    first = route.after_turn(channel, error)
+        return self._call(payload, timeout, reply_type, headers, context, instance, deadline, started, first)
 
 
 # A task that is woken asks the future for its outcome, and for any but asyncio's own kind of future looks the method up by its
@@ -310,7 +381,7 @@ cdef class Waiter(StreamBase):
         return 0
 
     cdef int on_timer(self, double now) except -1:
-        cdef WireConnection conn = self.conn
+        cdef Link conn = self.conn
         self.timer = INFINITY
         if now < min(self.total_deadline, self.phase_deadline):
             self.timer = min(self.total_deadline, self.phase_deadline)
@@ -320,7 +391,7 @@ cdef class Waiter(StreamBase):
         self.give_up(conn)
         return 0
 
-    cdef int give_up(self, WireConnection conn) except -1:
+    cdef int give_up(self, Link conn) except -1:
         """Nobody waits for the reply any more."""
         if conn is not None:
             if self.state & S_PENDING:
@@ -331,6 +402,9 @@ cdef class Waiter(StreamBase):
 
     cdef int on_error(self, int code, bytes body) except -1:
         error = error_from_body(body, peer=self.channel.peer if self.channel is not None else None, request_id=self.request_id())
+        return self.fail_with(error, True)
+
+    cdef int on_fault(self, object error) except -1:
         return self.fail_with(error, True)
 
     cdef int on_lost(self, object error) except -1:
@@ -345,7 +419,7 @@ cdef class CallFuture(Waiter):
     """One unary call in flight; awaited by exactly one task, or used like a future by gather, wait_for and the like."""
 
     cdef int on_item(self, object item, int kind, bint last) except -1:
-        cdef WireConnection conn
+        cdef Link conn
         if self.outcome != PENDING:
             return 0
         if not last:
@@ -403,7 +477,7 @@ cdef class CallFuture(Waiter):
 
     def _cancel_request(self, int kind):
         """``context.stop()`` (1) or ``context.kill()`` (2) on the caller's side."""
-        cdef WireConnection conn = self.conn
+        cdef Link conn = self.conn
         if self.outcome != PENDING:
             return
         if kind == 1:
@@ -425,7 +499,7 @@ cdef class CallFuture(Waiter):
         return self.outcome == CANCELLED
 
     def cancel(self, msg=None):
-        cdef WireConnection conn = self.conn
+        cdef Link conn = self.conn
         if self.outcome != PENDING:
             return False
         self.outcome = CANCELLED
@@ -518,10 +592,10 @@ cdef class ItemReader(Waiter):
     # ---- from the connection ----
 
     cdef int on_item(self, object item, int kind, bint last) except -1:
-        cdef Py_ssize_t size = len(item)
+        cdef Py_ssize_t cost = len(item) + self.source.item_overhead
         if self.closed:
-            if self.source is not None and not self.source.dead:
-                self.source.consumed(None, size + ITEM_OVERHEAD)
+            if not self.source.dead:
+                self.source.consumed(None, cost)
             return 0
         if kind or self.reply_type is not None:
             try:
@@ -533,10 +607,10 @@ cdef class ItemReader(Waiter):
                 conn = self.conn
                 self.finish(error)
                 self.give_up(conn)
-                if self.source is not None and not self.source.dead:
-                    self.source.consumed(None, size + ITEM_OVERHEAD)
+                if not self.source.dead:
+                    self.source.consumed(None, cost)
                 return self.wake(False)
-        self.add(item, size + ITEM_OVERHEAD)
+        self.add(item, cost)
         if last:
             self.finish(None)
         else:
@@ -546,7 +620,7 @@ cdef class ItemReader(Waiter):
                 self.set_phase("between_items", INFINITY)
         if self.waiting and self.callback is not None:
             # Once for all items that have come together, not once for each.
-            if self.source is not None and self.source.in_dispatch:
+            if self.source.in_dispatch:
                 if not self.wake_queued:
                     self.wake_queued = True
                     self.source.to_wake.append(self)
@@ -612,7 +686,7 @@ cdef class ItemReader(Waiter):
         return 0
 
     def _cancel_request(self, int kind):
-        cdef WireConnection conn = self.conn
+        cdef Link conn = self.conn
         if self.finished:
             return
         if kind == 1:
@@ -629,7 +703,7 @@ cdef class ItemReader(Waiter):
 
     def close(self):
         """Give up: kills the handler if it still runs, drops queued items. May be called twice."""
-        cdef WireConnection conn = self.conn
+        cdef Link conn = self.conn
         cdef Py_ssize_t i
         cdef long cost = 0
         if self.closed:
@@ -814,17 +888,18 @@ cdef class HandlerTask(StreamBase):
     def __init__(self):
         raise TypeError("made by the server only")
 
-    cdef int begin(self, WireConnection conn, EndpointEntry entry, object payload, int kind, bytes meta, double deadline,
+    cdef int begin(self, Link conn, EndpointEntry entry, object payload, int kind, object meta, double deadline,
                    double accept_at, object base_context) except -1:
-        cdef Context context = Context.__new__(Context)
+        cdef Context context = self.context if self.pycontext is not None else Context.__new__(Context)
         cdef object request
         self.entry = entry
         self.peer = conn.peer
         self.deadline = deadline
-        self.reply_kind = kind
+        self.reply_kind = self.reply_kind_ or kind
         self._log_destroy_pending = True
         context._deadline = deadline
         context._headers = meta
+        context._id = self.in_id
         context._connection_id = conn.connection_id
         context._seq = self.seq
         context.delivery_count = 1
@@ -842,12 +917,8 @@ cdef class HandlerTask(StreamBase):
                 return self.finish_error(error, True)
         if self.state & S_STOP_EARLY:
             context.set_cancelled(CTX_STOPPED)
-        self.pycontext = PyContext_Copy(base_context)
-        PyContext_Enter(self.pycontext)
-        try:
-            PyContextVar_Set(current_var, context)
-        finally:
-            PyContext_Exit(self.pycontext)
+        if self.pycontext is None:
+            self.set_variables(base_context)
         try:
             self.coro = entry.function(request, context) if entry.takes_context else entry.function(request)
         except Exception as error:  # noqa: BLE001 - user code
@@ -856,13 +927,26 @@ cdef class HandlerTask(StreamBase):
             self.awaitable = self.coro
         return self.step(None)
 
+    cdef int set_variables(self, object base_context) except -1:
+        """Give the handler context variables of its own, with the request's context among them."""
+        cdef PyObject *variables
+        self.pycontext = PyContext_Copy(base_context)
+        PyContext_Enter(self.pycontext)
+        try:
+            PyContextVar_Set(current_var, self.context)
+        finally:
+            PyContext_Exit(self.pycontext)
+        variables = dw_context_vars(self.pycontext)
+        self.variables = None if variables is NULL else <object>variables
+        return 0
+
     cdef int step(self, object error) except -1:
         """Run the handler until it suspends, ends, or has to wait for credit."""
         cdef PyObject *result = NULL
         cdef int state
         cdef object value
         cdef bint batch
-        cdef WireConnection conn
+        cdef Link conn
         if self.done_:
             return 0
         if self._must_cancel:
@@ -999,7 +1083,7 @@ cdef class HandlerTask(StreamBase):
     cdef int emit(self, object item, bint last) except -1:
         """Send an item, or hold it until there is credit. Returns whether the next one may be produced."""
         cdef Py_buffer view
-        cdef WireConnection conn = self.conn
+        cdef Link conn = self.conn
         cdef int kind = 0
         if conn is None:
             return 0 if last else 1  # the caller is gone; the handler has been killed and will notice
@@ -1051,7 +1135,7 @@ cdef class HandlerTask(StreamBase):
 
     cdef int emit_held(self) except -1:
         cdef Py_buffer view
-        cdef WireConnection conn = self.conn
+        cdef Link conn = self.conn
         cdef object item = self.held
         if conn is None or not conn.may_send(self):
             return 0
@@ -1108,7 +1192,7 @@ cdef class HandlerTask(StreamBase):
 
     cdef int finish_error(self, object error, bint ours) except -1:
         """End with an error: one that the handler raised, or (``ours``) one of the server's own."""
-        cdef WireConnection conn = self.conn
+        cdef Link conn = self.conn
         cdef object shown = error
         self.done_ = True
         self.held = None
@@ -1179,10 +1263,33 @@ cdef class HandlerTask(StreamBase):
             and self.name is None and not self.state & S_SENDING
         )  # fmt: skip
 
+    cdef bint variables_untouched(self):
+        """Did the handler neither keep its context or its context variables nor change them, so that the next may have them?
+
+        A task or a callback that it started has a copy of the variables, which shares the mapping: then that is referred to
+        by more than the original and us.
+        """
+        return (
+            self.variables is not None and dw_refcnt(<PyObject *>self.pycontext) == 1
+            and dw_refcnt(<PyObject *>self.context) == 2 and dw_refcnt(<PyObject *>self.variables) == 2
+            and dw_context_vars(self.pycontext) == <PyObject *>self.variables
+            and not dw_has_weakrefs(self.pycontext) and not dw_has_weakrefs(self.context)
+            and (self.shown or dw_one_mapping(<PyObject *>self.variables, self.context))
+        )  # fmt: skip
+
     cdef int recycle(self) except -1:
-        """Back to the state of a new object."""
-        self.pycontext = None
-        self.context = None
+        """Back to the state of a new object, but for a context that nobody has seen any more of than its handler."""
+        if self.variables_untouched():
+            self.shown = True
+            self.context._flags = 0
+            self.context._id = None
+            self.context._canceller = None
+            self.context._waiters = None
+        else:
+            self.variables = None
+            self.pycontext = None
+            self.context = None
+            self.shown = False
         self.entry = None
         self.coro = None
         self.awaitable = None
@@ -1190,6 +1297,9 @@ cdef class HandlerTask(StreamBase):
         self.exception_ = None
         self.cancel_message_ = None
         self.in_meta = None
+        self.in_id = None
+        self.under = None
+        self.reply_kind_ = 0
         self.state = 0
         self.refund = 0
         self.timer = INFINITY
@@ -1252,7 +1362,7 @@ cdef class HandlerTask(StreamBase):
             return self.kill()
         if not self.item_sent and not self.state & S_ACCEPTED:
             self.state |= S_ACCEPTED
-            self.conn.put_frame(T_ACCEPT, 0, 0, self.sid, 0, NULL, 0)
+            self.conn.put_accept(self)
             self.conn.wrote()
         if self.deadline != INFINITY:
             self.conn.arm(self, self.deadline)
@@ -1260,7 +1370,7 @@ cdef class HandlerTask(StreamBase):
 
     cdef int upload_late(self) except -1:
         """The request's payload was announced and did not arrive in time: give its memory back."""
-        cdef WireConnection conn = self.conn
+        cdef Link conn = self.conn
         if conn is None:
             return 0
         self.in_target = None

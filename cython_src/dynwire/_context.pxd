@@ -17,4 +17,5 @@ cdef class Context:
     cdef void set_cancelled(self, int kind)
 
 cdef object current_var
+cpdef loop_mark()
 cpdef Context current_context()

@@ -25,7 +25,7 @@ cdef object _monotonic = time.monotonic
 cdef object _unpack = msgspec.msgpack.decode
 
 
-def loop_mark():
+cpdef loop_mark():
     """An object that tells running event loops apart, or None in a thread that runs none.
 
     It is the hook that a running loop sets for async generators, read from the thread's state: up to Python 3.11

@@ -23,8 +23,24 @@ from libc.stdlib cimport free, malloc, realloc
 from libc.string cimport memcpy, memmove
 
 from ._buffers cimport Block, Payload, default_pool, payload_copy, payload_of_block
+from ._link cimport (
+    MAX_CHUNKS,
+    META_LIMIT,
+    PRODUCE_LIMIT,
+    S_ACCEPTED,
+    S_ASSEMBLING,
+    S_ENDED,
+    S_QUEUED,
+    S_SENDING,
+    S_STOP_EARLY,
+    S_WRITTEN,
+    S_ZOMBIE,
+    Link,
+    StreamBase,
+    dw_chunk,
+)
 
-from .errors import DynwireError, MessageTooLarge, Overloaded, PlaneMismatch, ProtocolError
+from .errors import PlaneMismatch, ProtocolError
 
 WIRE_MAJOR = 1
 WIRE_MINOR = 0
@@ -37,7 +53,6 @@ cdef uint32_t _MARK = 0x80000000
 cdef double _SMALL_S = 0.05
 cdef double _UPLOAD_S = 60.0             # a request without a deadline of its own has to arrive completely within this time
 cdef size_t _UNREAD_LIMIT = 2097152
-cdef size_t _PRODUCE_LIMIT = 262144      # backlog from which handlers wait before they produce more
 cdef object _pack = msgspec.msgpack.encode
 cdef object _unpack = msgspec.msgpack.decode
 
@@ -106,47 +121,6 @@ def describe_foreign(bytes head):
     return "an unknown protocol"
 
 
-cdef class StreamBase:
-    """State of one request on one connection. Subclasses say what happens; the connection calls them."""
-
-    def __cinit__(self):
-        self.timer = INFINITY
-
-    cdef int on_item(self, object item, int kind, bint last) except -1:
-        return 0
-
-    cdef int on_end(self) except -1:
-        return 0
-
-    cdef int on_error(self, int code, bytes body) except -1:
-        return 0
-
-    cdef int on_accept(self) except -1:
-        return 0
-
-    cdef int on_cancel(self, int kind) except -1:
-        return 0
-
-    cdef int on_stop_early(self) except -1:
-        return 0
-
-    cdef int on_credit(self) except -1:
-        return 0
-
-    cdef int on_sent(self) except -1:
-        return 0
-
-    cdef int on_timer(self, double now) except -1:
-        self.timer = INFINITY
-        return 0
-
-    cdef int on_lost(self, object error) except -1:
-        return 0
-
-    cdef int on_freed(self) except -1:
-        return 0
-
-
 cdef class LargeSend:
     """A large payload on its way out: sent from the caller's memory, which is held until the last byte is written."""
 
@@ -155,27 +129,17 @@ cdef class LargeSend:
             PyBuffer_Release(&self.view)
 
 
-cdef class WireConnection:
+cdef class WireConnection(Link):
     """State machine of one connection. See the module's docstring."""
 
     def __cinit__(self):
         self.rbuf = <unsigned char *>malloc(STAGING_BYTES)
         if self.rbuf is NULL:
             raise MemoryError()
-        self.min_timer = INFINITY
         self.large = collections.deque()
-        self.waiting_credit = collections.deque()
-        self.waiting_writer = collections.deque()
         self.interned = []
-        self.slots = []
-        self.to_wake = []
-        self.pending = collections.deque()
         self.endpoint_numbers = {}
-        self.channel_buffer = 100
-        self.keepalive_interval = INFINITY
-        self.keepalive_timeout = INFINITY
-        self.ping_at = INFINITY
-        self.ping_sent = -1.0
+        self.item_overhead = ITEM_OVERHEAD
 
     def __init__(self, bint is_client, *, max_message=33554432, max_streams=16384, stream_window=262144,
                  connection_window=67108864):
@@ -187,42 +151,11 @@ cdef class WireConnection:
         self.recv_credit = connection_window
 
     def __dealloc__(self):
-        free(self.free_slots)
         free(self.rbuf)
         free(self.obuf)
         free(self.wbuf)
 
-    # ---- what drivers override -----------------------------------------------------------------------------------------
-
-    cdef int on_hello(self, dict hello) except -1:
-        return 0
-
-    cdef object resolve(self, str name):
-        return name
-
-    cdef StreamBase make_stream(self):
-        return StreamBase.__new__(StreamBase)
-
-    cdef int on_request(self, StreamBase stream, object target, object payload, int kind, bytes meta,
-                        uint32_t timeout_ms) except -1:
-        return 0
-
-    cdef int on_goaway(self, int code, uint32_t last_seq, str text) except -1:
-        return 0
-
     cdef int on_pong(self, uint32_t a, uint32_t b) except -1:
-        return 0
-
-    cdef int on_slot_free(self) except -1:
-        return self.send_pending() if self.pending else 0
-
-    cdef int on_saturation(self) except -1:
-        return 0
-
-    cdef int on_request_sent(self, StreamBase stream) except -1:
-        return 0
-
-    cdef int wrote(self) except -1:
         return 0
 
     # ---- receiving -----------------------------------------------------------------------------------------------------
@@ -242,6 +175,8 @@ cdef class WireConnection:
             self.rend = have
         base[0] = self.rbuf + have
         size[0] = STAGING_BYTES - have
+        if self.expect_large and not have:
+            size[0] = FIRST_READ_BYTES  # what is read beyond the announcement is copied
         if self.assembling and not self.skip_left:
             # A large payload is arriving: read exactly to the end of the next header or frame, so that the body of the next
             # fragment is not read into this buffer and copied out of it.
@@ -250,8 +185,27 @@ cdef class WireConnection:
             elif self.rbuf[4] != T_CONT:
                 size[0] = min(size[0], HEADER_BYTES + dw_ld32(self.rbuf) - have)
 
+    cdef int recv_targets(self, dw_chunk *targets):
+        if self.land_left == 0:
+            self.recv_target(<unsigned char **>&targets[0].base, &targets[0].len)
+            return 1
+        # The rest of the fragment goes where it belongs, the header behind it into the staging buffer.
+        self.rpos = self.rend = 0
+        targets[0].base = self.land
+        targets[0].len = self.land_left
+        targets[1].base = self.rbuf
+        targets[1].len = HEADER_BYTES
+        return 2
+
+    cdef bint more_expected(self):
+        return self.assembling > 0
+
     cdef int received(self, size_t n, double now) except -1:
-        """``n`` bytes were put where `recv_target` said. Calls back for everything that is complete."""
+        cdef size_t rest
+        if self.land_left and n > self.land_left:
+            rest = n - self.land_left
+            self.received(self.land_left, now)
+            return self.received(rest, now)
         self.rx_bytes += n
         self.now = now
         self.last_rx = now
@@ -263,6 +217,7 @@ cdef class WireConnection:
                 self.finish_landing()
             return 0
         self.rend += n
+        self.expect_large = False
         return self.parse()
 
     cdef int fail(self, str text) except -1:
@@ -390,6 +345,7 @@ cdef class WireConnection:
             return 0
         block = stream.in_block
         self._assembly_over(stream)
+        self.expect_large = True
         if block is None:
             return 0
         payload = payload_of_block(block, stream.in_total)
@@ -849,6 +805,12 @@ cdef class WireConnection:
         """Bytes in the buffers for frames; large payloads in their owners' memory do not count."""
         return self.oend + self.wend - self.wpos
 
+    cdef uint64_t handed_upto(self):
+        return self.tx_frames_bytes + (self.wend - self.wpos)
+
+    cdef bint one_piece(self):
+        return self.land_left == 0 and self.assembling == 0 and self.cur is None and self.wpos == self.wend and not self.large
+
     cdef int gather(self, dw_chunk *chunks, size_t limit):
         """Fill in what to write next, about ``limit`` bytes of large payloads included; returns the number of chunks.
 
@@ -974,53 +936,6 @@ cdef class WireConnection:
 
     # ---- requests (client) -----------------------------------------------------------------------------------------------
 
-    cdef int submit(self, StreamBase stream, str endpoint, object data, int kind, bytes meta, double deadline, double due,
-                    double now) except -1:
-        """Send a request, or let it wait for a free stream or credit. ``due`` is when the stream's timer fires first.
-
-        Raises `MessageTooLarge` and `Overloaded`, both before anything was sent.
-        """
-        cdef Py_ssize_t size = len(data) if type(data) is bytes else _size_of(data)
-        self.now = now
-        if size > self.max_message:
-            raise MessageTooLarge(
-                f"a request of {size} bytes exceeds this side's limit of {self.max_message} bytes; raise "
-                "DYN_TCP_MAX_MESSAGE_SIZE",
-                size=size, limit=self.max_message, setting="DYN_TCP_MAX_MESSAGE_SIZE", peer=self.peer, sent="no",
-            )  # fmt: skip
-        if size > self.peer_max_message:
-            raise MessageTooLarge(
-                f"a request of {size} bytes exceeds the limit of {self.peer_max_message} bytes that {self.peer} accepts; raise "
-                "DYN_TCP_MAX_MESSAGE_SIZE on the worker's side or send less",
-                size=size, limit=self.peer_max_message, setting="DYN_TCP_MAX_MESSAGE_SIZE", peer=self.peer, sent="no",
-            )  # fmt: skip
-        if self.writer_blocked:
-            if self.blocked >= self.channel_buffer:
-                raise self.overloaded(
-                    self.blocked, f"{self.peer} does not read; {self.blocked} requests wait for its connection's writer"
-                )
-            self.blocked += 1
-        if size >= FRAGMENT_FROM and <int>len(self.large) >= self.channel_buffer:
-            raise self.overloaded(len(self.large), f"{len(self.large)} large payloads already wait for {self.peer} to read")
-        if self.send_credit <= 0 or self.pending or (self.free_len == 0 and self.live >= self.max_streams):
-            if len(self.pending) >= self.channel_buffer:
-                raise self.overloaded(
-                    len(self.pending), f"{len(self.pending)} requests already wait for a free stream or credit of {self.peer}"
-                )
-            stream.state |= S_PENDING
-            stream.conn = self
-            stream.timer = due
-            self.pending.append((stream, endpoint, data, kind, meta, deadline))
-            self.min_timer = min(self.min_timer, due)
-            return self.on_saturation()
-        return self.send_request(stream, endpoint, data, kind, meta, deadline, due, now)
-
-    cdef object overloaded(self, int depth, str text):
-        return Overloaded(
-            f"{text} (limit {self.channel_buffer}, set by DYN_TCP_CHANNEL_BUFFER)", depth=depth, limit=self.channel_buffer,
-            peer=self.peer, sent="no",
-        )  # fmt: skip
-
     cdef int send_request(self, StreamBase stream, str endpoint, object data, int kind, bytes meta, double deadline, double due,
                           double now) except -1:
         cdef bytes name = None
@@ -1062,35 +977,8 @@ cdef class WireConnection:
         self.arm(stream, due)
         return 0
 
-    cdef int send_pending(self) except -1:
-        """Send requests that waited, as far as streams and credit go."""
+    cdef int refuse_streams(self, uint32_t last_seq, object error) except -1:
         cdef StreamBase stream
-        while self.pending and self.send_credit > 0 and (self.free_len or self.live < self.max_streams) and not self.dead:
-            stream, endpoint, data, kind, meta, deadline = self.pending.popleft()
-            stream.state &= ~S_PENDING
-            try:
-                self.send_request(stream, endpoint, data, kind, meta, deadline, stream.timer, self.now)
-            except (DynwireError, BufferError, ValueError) as error:
-                # The request's own failure, not that of the frame that made room for it.
-                stream.conn = None
-                stream.on_lost(error if isinstance(error, DynwireError) else DynwireError(f"the payload cannot be sent: {error}"))
-                continue
-            self.wrote()
-        return 0
-
-    cdef int forget_pending(self, StreamBase stream) except -1:
-        """Nobody waits any more for a request that was not sent."""
-        if stream.state & S_PENDING:
-            stream.state &= ~S_PENDING
-            stream.conn = None
-            self.pending = collections.deque([entry for entry in self.pending if entry[0] is not stream])
-        return 0
-
-    cdef int refuse_after(self, uint32_t last_seq, object error) except -1:
-        """The server has said that it takes no request after ``last_seq``: those can be repeated elsewhere."""
-        cdef StreamBase stream
-        # Aside first: a freed slot would send them to the server that is leaving.
-        waiting, self.pending = self.pending, collections.deque()
         for stream in list(self.slots):
             # Serial arithmetic: sequence numbers wrap after 2^32 requests.
             if stream is not None and <int32_t>(stream.seq - last_seq) > 0:
@@ -1100,43 +988,31 @@ cdef class WireConnection:
                 self.free_slot(stream)
                 if not zombie:
                     stream.on_lost(error)
-        for entry in waiting:
-            stream = entry[0]
-            stream.state &= ~S_PENDING
-            stream.conn = None
-            stream.on_lost(error)
         return 0
 
-    cdef double next_wakeup(self):
-        """When `sweep` and `check_alive` want to be called."""
-        return min(self.min_timer, self.ping_at if self.live else INFINITY)
+    cdef bint may_request(self):
+        return self.send_credit > 0 and (self.free_len > 0 or self.live < self.max_streams)
 
-    cdef bint check_alive(self, double now) except -1:
-        """Ping a silent server while calls wait for it. Returns False when it has not answered in time."""
-        cdef double quiet_since
-        if not self.live or self.keepalive_interval == INFINITY:
-            self.ping_at = INFINITY
-            return True
-        # A large payload that is moving on is a sign of life too: the PING may stand behind megabytes of it.
-        quiet_since = max(self.last_rx, self.live_since, self.last_tx)
-        if self.ping_sent > quiet_since:
-            self.ping_at = self.ping_sent + self.keepalive_timeout
-            return now < self.ping_at
-        if now >= quiet_since + self.keepalive_interval:
-            self.put_frame(T_PING, 0, 0, 0, 0, NULL, 0)
-            self.ping_sent = now
-            self.ping_at = now + self.keepalive_timeout
-        else:
-            self.ping_at = quiet_since + self.keepalive_interval
-        return True
+    cdef int large_waiting(self):
+        return len(self.large)
+
+    cdef int farewell(self, str text) except -1:
+        if self.preface_done and self.ready:
+            self.put_goaway(1, text)
+        return 0
+
+    cdef int put_ping(self) except -1:
+        return self.put_frame(T_PING, 0, 0, 0, 0, NULL, 0)
+
+    cdef int put_accept(self, StreamBase stream) except -1:
+        return self.put_frame(T_ACCEPT, 0, 0, stream.sid, 0, NULL, 0)
 
     cdef bint may_send(self, StreamBase stream) except -1:
-        """(server) May the stream send an item now? If not, ``on_credit`` or ``on_sent`` is called when it may try again."""
         if stream.state & S_SENDING or stream.send_credit <= 0:
             return False
         if self.send_credit <= 0:
             waiting = self.waiting_credit
-        elif self.congested or self.output_backlog() > _PRODUCE_LIMIT:
+        elif self.congested or self.output_backlog() > PRODUCE_LIMIT:
             self.congested = True
             waiting = self.waiting_writer
         else:
@@ -1146,58 +1022,10 @@ cdef class WireConnection:
             waiting.append(stream)
         return False
 
-    cdef int writable_again(self) except -1:
-        cdef StreamBase stream
-        self.congested = False
-        while self.waiting_writer and not self.congested:
-            stream = self.waiting_writer.popleft()
-            stream.state &= ~S_QUEUED
-            if stream.conn is self:
-                stream.on_credit()
-        return 0
-
     # ---- streams -------------------------------------------------------------------------------------------------------
 
-    cdef int take_slot(self, StreamBase stream) except -1:
-        """(client) Give the stream a number; returns 0 when none is free."""
-        cdef uint32_t sid
-        if self.free_len:
-            self.free_len -= 1
-            sid = self.free_slots[self.free_len]
-        elif self.live < self.max_streams:
-            sid = self.live
-        else:
-            return 0
-        self.put_slot(stream, sid)
-        return 1
-
-    cdef int put_slot(self, StreamBase stream, uint32_t sid) except -1:
-        cdef uint32_t cap
-        cdef uint32_t *free_slots
-        if sid >= <uint32_t>len(self.slots):
-            cap = max(<uint32_t>len(self.slots) * 2, <uint32_t>16)
-            while cap <= sid:
-                cap *= 2
-            free_slots = <uint32_t *>realloc(self.free_slots, cap * sizeof(uint32_t))
-            if free_slots is NULL:
-                raise MemoryError()
-            self.free_slots = free_slots
-            self.slots.extend([None] * (cap - len(self.slots)))
-        self.slots[sid] = stream
-        stream.sid = sid
-        stream.conn = self
-        self.live += 1
-        return 0
-
-    cdef StreamBase get_slot(self, uint32_t sid):
-        if sid < <uint32_t>len(self.slots):
-            return <StreamBase>self.slots[sid]
-        return None
-
     cdef int free_slot(self, StreamBase stream) except -1:
-        """The stream's number may be used again."""
-        cdef uint32_t sid = stream.sid
-        if sid >= <uint32_t>len(self.slots) or self.slots[sid] is not stream:
+        if stream.conn is not self:
             return 0
         if stream.state & S_ASSEMBLING:
             self._assembly_over(stream)
@@ -1208,21 +1036,7 @@ cdef class WireConnection:
             self.land = NULL
             self.land_stream = None
             self.land_block = None
-        if stream.state & S_QUEUED:
-            stream.state &= ~S_QUEUED
-            for waiting in (self.waiting_credit, self.waiting_writer):
-                if stream in waiting:
-                    waiting.remove(stream)
-        self.slots[sid] = None
-        self.live -= 1
-        if self.is_client:
-            self.free_slots[self.free_len] = sid
-            self.free_len += 1
-        stream.conn = None
-        stream.timer = INFINITY
-        if self.is_client:
-            self.on_slot_free()
-        return 1
+        return Link.free_slot(self, stream)
 
     cdef int abandon(self, StreamBase stream, int kind) except -1:
         """(client) Nobody waits for the stream any more: cancel it and swallow what still comes."""
@@ -1236,76 +1050,12 @@ cdef class WireConnection:
         self.put_cancel(stream, kind)
         return self.wrote()
 
-    cdef int arm(self, StreamBase stream, double when) except -1:
-        stream.timer = when
-        if when < self.min_timer:
-            self.min_timer = when
-        return 0
-
-    cdef int sweep(self, double now) except -1:
-        """Call every stream whose timer has passed, and find the next moment to sweep (``min_timer``)."""
-        cdef uint32_t i
-        cdef StreamBase stream
-        cdef double next_timer = INFINITY
-        self.now = now
-        if self.live:
-            self.min_timer = INFINITY  # a timer armed in a callback counts too
-            for i in range(<uint32_t>len(self.slots)):
-                stream = <StreamBase>self.slots[i]
-                if stream is not None:
-                    if stream.timer <= now:
-                        stream.on_timer(now)
-                    if stream.timer < next_timer:
-                        next_timer = stream.timer
-        self.min_timer = min(next_timer, self.min_timer) if self.live else INFINITY
-        if self.pending:
-            for entry in list(self.pending):
-                stream = entry[0]
-                if stream.timer <= now:
-                    stream.on_timer(now)
-                if stream.timer < self.min_timer and stream.state & S_PENDING:
-                    self.min_timer = stream.timer
-        return 0
-
     cdef list take_all_streams(self):
-        """Empty the table; for a connection that is gone."""
-        cdef list out = []
-        cdef uint32_t i
-        cdef StreamBase stream
-        for i in range(<uint32_t>len(self.slots)):
-            stream = <StreamBase>self.slots[i]
-            if stream is not None:
-                self.slots[i] = None
-                if stream.mark >= max(self.tx_frames_bytes, self.handed_bytes):
-                    stream.state &= ~S_WRITTEN  # still in our buffer: the peer has seen nothing of it
-                stream.conn = None
-                stream.timer = INFINITY
-                stream.in_block = None
-                stream.in_target = None
-                out.append(stream)
-        for entry in self.pending:
-            stream = entry[0]
-            stream.state &= ~S_PENDING
-            out.append(stream)
-        self.pending.clear()
-        self.live = 0
-        self.free_len = 0
+        cdef list out = Link.take_all_streams(self)
         self.assembling = 0
         self.large.clear()
-        self.waiting_credit.clear()
-        self.waiting_writer.clear()
         self.interned.clear()
-        self.min_timer = INFINITY
         return out
-
-
-cdef Py_ssize_t _size_of(object data) except -1:
-    cdef Py_buffer view
-    cdef Py_ssize_t size
-    PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
-    size = view.len
-    PyBuffer_Release(&view)
-    return size
 
 
 cdef str _text(const unsigned char *p, size_t n):
@@ -1407,7 +1157,7 @@ cdef class EventConnection(WireConnection):
     cdef object resolve(self, str name):
         return (name,)
 
-    cdef int on_request(self, StreamBase stream, object target, object payload, int kind, bytes meta,
+    cdef int on_request(self, StreamBase stream, object target, object payload, int kind, object meta,
                         uint32_t timeout_ms) except -1:
         self.last_payload = payload
         self.events.append(("request", stream.sid, target[0], bytes(payload), kind, meta, timeout_ms))

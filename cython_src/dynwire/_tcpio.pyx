@@ -5,6 +5,8 @@ codec call back for everything that is complete, and writes what was queued in t
 thread, no task and no Python object per frame. docs/performance.md has the measurements behind this shape.
 """
 
-include "_tcpio_libc.pxi"
-include "_tcpio_async.pxi"
-include "_tcpio_blocking.pxi"
+from ._frames cimport WireConnection as Machine
+
+include "_driver_libc.pxi"
+include "_driver_async.pxi"
+include "_driver_blocking.pxi"

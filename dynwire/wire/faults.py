@@ -42,11 +42,19 @@ _decoder = msgspec.msgpack.Decoder(_Body)
 def error_body(error: DynwireError) -> bytes:
     """The ERROR body for what the server itself decided: the same typed error arises at the caller."""
     fields = {name: getattr(error, name) for name in error.own_fields}
-    return _pack(error.code, str(error), error.sent, error.retryable, error.phase, fields, error.details)
+    text = str(error)
+    if isinstance(error, RemoteError):
+        text = fields.pop("message")  # the exception's own text: the caller's side writes "the handler at … raised" around it
+    return _pack(error.code, text, error.sent, error.retryable, error.phase, fields, error.details)
 
 
 def handler_error_body(error: BaseException, *, with_traceback: bool = False) -> bytes:
     """The ERROR body for what a handler raised: `RemoteError` at the caller, whatever it was."""
+    return error_body(handler_error(error, with_traceback=with_traceback))
+
+
+def handler_error(error: BaseException, *, with_traceback: bool = False) -> RemoteError:
+    """What a handler raised, as the worker reports it."""
     details: dict[str, Any] = {}
     if with_traceback:
         details["traceback"] = _cut("".join(traceback.format_exception(error)), _DETAILS_LIMIT // 2, tail=True)
@@ -54,7 +62,9 @@ def handler_error_body(error: BaseException, *, with_traceback: bool = False) ->
         text = str(error)
     except Exception as broken:  # noqa: BLE001 - an exception of the user's that cannot say what it is
         text = f"(its text cannot be read: {type(broken).__name__})"
-    return _pack("remote_error", text, "yes", False, "handler", {"type_name": type(error).__name__}, details)
+    name = type(error).__name__
+    shown = f"the handler raised {name}: {text}" if text else f"the handler raised {name}"
+    return RemoteError(shown, type_name=name, remote_message=text, phase="handler", sent="yes", retryable=False, details=details)
 
 
 def _pack(

@@ -8,6 +8,8 @@
 * ``bash`` and ``sh``: run as a script that stops at the first error.
 * ``json`` and ``toml``: parsed.
 
+The port of the http plane, 8888, is another one in each run (``DYN_HTTP_RPC_PORT``): somebody else may be using it.
+
 ``<!-- no-test: reason -->`` on the line before a snippet leaves it out (a file is saved all the same).
 """
 
@@ -18,6 +20,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -90,10 +93,29 @@ def group_lives(group: int) -> bool:
     return False
 
 
+HTTP_PORT = "8888"
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
 def run(command: list[str], workspace: Path) -> tuple[int, str]:
-    """Runs a command in a process group of its own and ends all of that group; returns exit status and output."""
+    """Runs a command in a process group of its own and ends all of that group; returns exit status and output.
+
+    Port 8888 stands for a free one, in the command and in its output.
+    """
+    port = free_port()
+    status, output = run_on([word.replace(HTTP_PORT, port) for word in command], workspace, port)
+    return status, output.replace(port, HTTP_PORT)
+
+
+def run_on(command: list[str], workspace: Path, port: str) -> tuple[int, str]:
     environment = {
         **os.environ,
+        "DYN_HTTP_RPC_PORT": port,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "DYN_FILE_KV": str(workspace / ".discovery"),
         "PYTHONUNBUFFERED": "1",
@@ -270,6 +292,7 @@ def test_finding_snippets() -> None:
         "```console\n$ echo one\none\n$ printf 'took 12 ms\\nb\\nc\\n'\ntook ... ms\n...\nc\n$ false # exit 1\n```",
         "```console\n$ sleep 30 &\n$ echo $DYN_FILE_KV\n/.../.discovery\n```",
         "```console\n$ for i in 1 2; do\n> echo $i; done\n1\n2\n```",
+        "```console\n$ test $DYN_HTTP_RPC_PORT = 8888 && echo $DYN_HTTP_RPC_PORT; echo http://localhost:8888/x\n8888\nhttp://localhost:8888/x\n```",
         "```bash\ntest -d .\n```",
         '```toml\na = "b"\n```',
     ],

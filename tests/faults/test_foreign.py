@@ -17,7 +17,7 @@ import pytest
 
 import dynwire
 from dynwire import ConnectError, PlaneMismatch, Unauthenticated
-from dynwire.planes.tcp import server as tcp_server
+from dynwire.planes.sockets import server as tcp_server
 from tests.plane.faces import eventually
 
 from .conftest import DirectClient, Managers, StartWorker, fails, in_time

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import importlib.util
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -169,6 +171,68 @@ async def test_context_variables(managers: Managers, suspended: bool, shape: str
     assert await run_inside(managers, suspended, shape, body, 3) == [["unset", "mine", "mine", True, True]] * 3
     assert variable.get() == "unset"
     assert dynwire.current_context() is None
+
+
+async def test_what_a_handler_keeps_stays_its_own(managers: Managers, suspended: bool, shape: str) -> None:
+    """Context and variables of a handler that nobody kept serve the next request; what was kept must not change with it."""
+    ways = ("nothing", "context", "copy", "derived", "variable", "task", "weakref", "callback", "nothing")
+    kept: list[tuple[int, Callable[[], int]]] = []
+    refs: list[weakref.ref[dynwire.Context]] = []
+    stopped: list[int] = []
+    rest = asyncio.Event()
+
+    def see() -> int:
+        context = dynwire.current_context()
+        assert context is not None
+        return int(context.headers["number"])
+
+    async def late() -> int:
+        await rest.wait()
+        return see()
+
+    async def body(context: dynwire.Context) -> list[Any]:
+        number = int(context.headers["number"])
+        found = [see() == number, variable.get(), context.is_stopped(), [r() is None for r in refs]]
+        match ways[number % len(ways)]:
+            case "context":
+                kept.append((number, lambda: int(context.headers["number"])))
+            case "copy":
+                kept.append((number, functools.partial(contextvars.copy_context().run, see)))
+            case "derived":
+                derived = contextvars.copy_context()
+                derived.run(variable.set, "derived")
+                kept.append((number, functools.partial(derived.run, see)))
+            case "variable":
+                variable.set("changed")
+            case "task":
+                kept.append((number, asyncio.create_task(late()).result))
+            case "weakref":
+                refs.append(weakref.ref(context))
+            case "callback":
+                context.on_stop(functools.partial(stopped.append, number))
+        return found
+
+    async def coroutine(request: Any, context: dynwire.Context) -> Any:
+        if suspended:
+            await asyncio.sleep(0)
+        return await body(context)
+
+    async def generator(request: Any, context: dynwire.Context) -> Any:
+        if suspended:
+            await asyncio.sleep(0)
+        yield await body(context)
+
+    async with managers() as manager:
+        await manager.serve("f.in.side", coroutine if shape == "coroutine" else generator)
+        client = await manager.client("f.in.side")
+        for number in range(2 * len(ways)):
+            found = await client.call(0, timeout=10.0, headers={"number": str(number)})
+            assert found == [True, "unset", False, [True] * len(found[3])], ways[number % len(ways)]
+        rest.set()
+        await asyncio.gather(*(task for task in asyncio.all_tasks() if task.get_coro().__name__ == "late"))  # type: ignore[union-attr]
+        assert [look() for _, look in kept] == [number for number, _ in kept]
+        assert len(kept) == 8
+        assert stopped == []
 
 
 async def test_cancelling_itself(managers: Managers, suspended: bool, shape: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -16,6 +15,8 @@ import dynwire
 
 from .faces import Manager
 
+ANY_PORT = {"tcp_host": "127.0.0.1", "http_host": "127.0.0.1", "http_port": 0}
+
 Managers = Callable[..., AbstractAsyncContextManager[Manager]]
 
 
@@ -25,8 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def available_planes() -> list[str]:
-    tcp = importlib.import_module("dynwire.planes.tcp")
-    return ["memory", "tcp"] if hasattr(tcp, "AsyncTcpServer") else ["memory"]
+    return ["memory", "tcp", "http"]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -37,13 +37,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marker = metafunc.definition.get_closest_marker("planes")
     planes = [plane for plane in available_planes() if marker is None or plane in marker.args]
     combinations = [
-        pytest.param(plane, face, loop, id=f"{plane}-{face}-{loop}")
+        pytest.param(plane, face, loop, engine, id=f"{plane}{'' if engine == 'native' else '-' + engine}-{face}-{loop}")
         for plane in planes
+        for engine in (("native", "h2") if plane == "http" else ("native",))
         for face in faces
         # a blocking caller does not see which loop the test body runs on; the portal has its own
         for loop in (["asyncio", "uvloop"] if face == "async" else ["asyncio"])
     ]
-    metafunc.parametrize(("plane", "face", "loop_kind"), combinations)
+    metafunc.parametrize(("plane", "face", "loop_kind", "engine"), combinations)
 
 
 @pytest.fixture
@@ -57,7 +58,7 @@ def loop_factory(loop_kind: str, leak_guard: None) -> Callable[[], asyncio.Abstr
 
 
 @pytest.fixture
-def managers(plane: str, face: str, discovery_dir: Path) -> Managers:
+def managers(plane: str, face: str, engine: str, discovery_dir: Path) -> Managers:
     """``async with managers(setting=…) as manager``: a manager of the API under test, closed at the end."""
     threads = ThreadPoolExecutor(64, thread_name_prefix="test-body")
 
@@ -67,7 +68,7 @@ def managers(plane: str, face: str, discovery_dir: Path) -> Managers:
         # An executor starts its threads when they are needed; the loop's end joins them.
         asyncio.get_running_loop().set_default_executor(threads)
         cls = dynwire.AsyncNetworkManager if face == "async" else dynwire.NetworkManager
-        manager = Manager(cls(**{"request_plane": plane, "tcp_host": "127.0.0.1", **settings}))
+        manager = Manager(cls(**{"request_plane": plane, "http_engine": engine, **ANY_PORT, **settings}))
         try:
             yield manager
         finally:

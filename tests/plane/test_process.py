@@ -17,7 +17,7 @@ import asyncio, os, signal, sys, threading, time
 import dynwire
 
 plane, directory = sys.argv[1:]
-settings = {"request_plane": plane, "tcp_host": "127.0.0.1", "discovery_file_dir": directory}
+settings = {"request_plane": plane, "tcp_host": "127.0.0.1", "http_port": 0, "discovery_file_dir": directory}
 
 def echo(request):
     return request

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from dynwire._frames import EventConnection
-from dynwire._tcpio import AsyncClientConnection, AsyncTcpChannel, RequestOptions
+from dynwire._tcpio import AsyncClientConnection, AsyncSocketChannel, RequestOptions
 from dynwire.errors import PeerLost
 
 from . import oracle as o
@@ -32,7 +32,7 @@ class Connected:
         options = RequestOptions(accept_timeout=30.0)
         self.client = AsyncClientConnection(self.loop, ours, Target.address, options)
         self.server = EventConnection(False, **limits)
-        self.channel: Any = AsyncTcpChannel(Target(), self, options, self.loop)
+        self.channel: Any = AsyncSocketChannel(Target(), self, options, self.loop)
 
     def best(self) -> AsyncClientConnection:
         return self.client

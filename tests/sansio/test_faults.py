@@ -9,7 +9,7 @@ import pytest
 
 from dynwire._frames import LIMITS
 from dynwire.errors import BY_CODE, DynwireError, Overloaded, ProtocolError, RemoteError
-from dynwire.wire.faults import error_body, error_from_body, for_request, handler_error_body
+from dynwire.wire.faults import error_body, error_from_body, for_request, handler_error, handler_error_body
 
 
 def field_value(name: str) -> object:
@@ -45,6 +45,14 @@ def test_a_handlers_exception() -> None:
     back = error_from_body(handler_error_body(KeyError("k")), peer="p:1", request_id=None)
     assert isinstance(back, RemoteError)
     assert (back.type_name, back.message, back.sent, back.retryable) == ("KeyError", "'k'", "yes", False)
+
+
+def test_what_was_raised_is_told_once() -> None:
+    """However often a worker reports it: as the exception it caught, or as the error made of it."""
+    error = handler_error(KeyError("k"))
+    assert str(error) == "the handler raised KeyError: 'k'"
+    assert error_body(error) == handler_error_body(KeyError("k"))
+    assert str(error_from_body(error_body(error), peer="p:1", request_id=None)) == "the handler at p:1 raised KeyError: 'k'"
 
 
 def test_an_unknown_code_is_a_remote_error() -> None:

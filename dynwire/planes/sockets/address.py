@@ -1,4 +1,4 @@
-"""Addresses, socket options and connect errors of the tcp plane, shared by its server and clients."""
+"""Addresses, socket options and connect errors of the planes over sockets, shared by their servers and clients."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ import socket
 from ...errors import BindError, ConfigError, ConnectError
 
 SOFTWARE = "dynwire"
+SLICE_S = 0.1
+"""A thread that waits in a system call looks at its deadlines this often."""
+RCVTIMEO = (0).to_bytes(8, "little") + int(SLICE_S * 1e6).to_bytes(8, "little")
+"""`SLICE_S` as a struct timeval"""
 _FAST_LOCAL = (b"reno", b"cubic")
 """Congestion controls that do not pace: on one host BBR's pacing costs 16 MiB transfers a factor of 2.7."""
 
@@ -73,14 +77,14 @@ def tune(sock: socket.socket, congestion: str) -> None:
         ) from error
 
 
-def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
-    """A non-blocking listening socket. Raises `BindError` with address, setting and remedy."""
+def listen(host: str, port: int, setting: str = "DYN_TCP_RPC", backlog: int = 1024) -> socket.socket:
+    """A non-blocking listening socket. Raises `BindError` with address, setting (its names begin with ``setting``) and remedy."""
     where = join_address(host, port)
     try:
         family, _, _, _, sockaddr = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
     except socket.gaierror as error:
         raise BindError(
-            f"cannot listen on {where}: the host does not resolve ({error.strerror}); set DYN_TCP_RPC_HOST to an address of "
+            f"cannot listen on {where}: the host does not resolve ({error.strerror}); set {setting}_HOST to an address of "
             "this host",
             address=where,
         ) from error
@@ -92,18 +96,18 @@ def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
         sock.setblocking(False)
     except OSError as error:
         sock.close()
-        raise BindError(f"cannot listen on {where}: {_bind_remedy(error)}", address=where) from error
+        raise BindError(f"cannot listen on {where}: {_bind_remedy(error, setting)}", address=where) from error
     return sock
 
 
-def _bind_remedy(error: OSError) -> str:
+def _bind_remedy(error: OSError, setting: str) -> str:
     if error.errno == errno.EADDRINUSE:
-        return "the port is in use; stop the process that holds it, or set DYN_TCP_RPC_PORT to another port (0: any free one)"
+        return f"the port is in use; stop the process that holds it, or set {setting}_PORT to another port (0: any free one)"
     if error.errno == errno.EACCES:
-        return "ports below 1024 need privileges; set DYN_TCP_RPC_PORT to a higher one (0: any free one)"
+        return f"ports below 1024 need privileges; set {setting}_PORT to a higher one (0: any free one)"
     if error.errno == errno.EADDRNOTAVAIL:
-        return "this host has no such address; set DYN_TCP_RPC_HOST to one of its own, or to 0.0.0.0 for all"
-    return f"{os.strerror(error.errno or 0)}; see DYN_TCP_RPC_HOST and DYN_TCP_RPC_PORT"
+        return f"this host has no such address; set {setting}_HOST to one of its own, or to 0.0.0.0 for all"
+    return f"{os.strerror(error.errno or 0)}; see {setting}_HOST and {setting}_PORT"
 
 
 def connect_error(address: str, error: OSError) -> ConnectError:

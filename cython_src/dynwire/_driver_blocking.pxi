@@ -1,4 +1,4 @@
-# Connections of the blocking side: callers' threads do the I/O themselves. The file is included by _tcpio.pyx.
+# Connections of the blocking side: callers' threads do the I/O themselves. Included by _tcpio.pyx and _httpio.pyx.
 #
 # One thread at a time reads a connection (the leader); it completes the calls of the others and wakes them. When its own call is
 # done it hands the reading over to one that still waits. One thread at a time writes, and takes along what others have queued.
@@ -25,10 +25,20 @@ cdef extern from *:
     """
     int dw_sem_wait(sem_t *sem, double seconds) nogil
 
+cdef extern from *:
+    """
+    static inline int dw_load(int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
+    static inline void dw_store(int *p, int value) { __atomic_store_n(p, value, __ATOMIC_RELEASE); }
+    """
+    int dw_load(int *p) nogil
+    void dw_store(int *p, int value) nogil
+
 cdef enum:
+    NOT_EXCHANGING = 0
+    SENDING = 1                   # a thread is in `exchange` and has not sent yet
+    HAS_SENT = 2                  # it has sent everything and now reads
     SLICE_MS = 100                # the longest that a thread sleeps in a system call before it looks at the clock again
 
-cdef double IDLE_LIMIT_S = 60.0   # an unused connection of the pool is closed after this long
 cdef double STALE_S = 0.02        # a connection unused for longer is looked at before it is used: the peer may have closed it
 
 
@@ -68,22 +78,28 @@ cdef class BlockingReader(ItemReader):
         return 0
 
 
-cdef class BlockingConnection(WireConnection):
+cdef class BlockingConnection(Machine):
     """A client connection without an event loop. Any thread may use it."""
 
     cdef int fd
     cdef object sock
     cdef bint reader_active
     cdef bint writer_active
+    cdef size_t exchanged            # bytes that it sends
+    cdef int exchanging              # state of a thread in `exchange`, which changes it without the GIL
     cdef list parkers                # of threads that wait while another one reads
     cdef readonly object close_error
     cdef double spin_s
     cdef int spin_misses
     cdef double idle_since
+    cdef bint is_idle                # in the pool's list
+    cdef TlsLayer tls
     cdef readonly object owner       # pool, until the connection is gone
 
-    def __init__(self, sock, peer, RequestOptions options, owner, **limits):
+    def __init__(self, sock, peer, RequestOptions options, owner, *, tls=None, tls_hostname=None, **limits):
         super().__init__(True, **limits)
+        if tls is not None:
+            self.tls = TlsLayer(tls, False, tls_hostname, peer)
         options.apply(self)
         self.sock = sock
         self.fd = sock.fileno()
@@ -91,7 +107,7 @@ cdef class BlockingConnection(WireConnection):
         self.parkers = []
         self.spin_s = options.spin_s
         self.owner = owner
-        self.last_rx = dw_now()
+        self.last_rx = self.now = dw_now()
 
     def handshake(self, *, str software, bytes connection_id, token, double accept_timeout, double timeout):
         """Exchange HELLO within ``timeout`` seconds. Raises what ended the connection, `TimeoutError` when nothing came."""
@@ -99,13 +115,15 @@ cdef class BlockingConnection(WireConnection):
         cdef double left
         self.start(software=software, connection_id=connection_id, token=token,
                    accept_timeout_ms=<int>min(accept_timeout * 1000, 2e9))  # fmt: skip
+        if self.tls is not None:
+            self.read_in(0)  # begins the TLS handshake
         self.write_out(None)
         while not self.ready and not self.dead:
             left = deadline - dw_now()
             if left <= 0:
                 self.lost(PeerLost(f"{self.peer} did not answer", peer=self.peer))
                 raise TimeoutError
-            if self.has_output():
+            if self.has_output() or self.tls is not None:
                 self.write_out(None)
             self.read_in(min(left, SLICE_MS * 0.001))
         if self.dead:
@@ -135,10 +153,33 @@ cdef class BlockingConnection(WireConnection):
         cdef ssize_t written
         cdef int fd = self.fd
         cdef int code
+        if self.exchanging and not self.dead:
+            self.end_exchange()
         if self.writer_active or self.dead:
             return 0
         self.writer_active = True
         try:
+            while self.tls is not None and not self.dead:
+                written = self.tls.push(fd)
+                if written < 0:
+                    return self.send_failed(errno)
+                if written == 0:
+                    if call is None or settled(call):
+                        return 0
+                    self.writer_blocked = True
+                    self.now = dw_now()
+                    self.wait_writable()
+                    continue
+                if self.tls.shaking or not self.has_output():
+                    return 0
+                n = self.gather(chunks, 262144)
+                if n == 0:
+                    return 0
+                total = 0
+                for i in range(n):
+                    total += chunks[i].len
+                self.tls.encrypt(chunks, n)
+                self.sent(total)
             while self.has_output() and not self.dead:
                 n = self.gather(chunks, 1048576)
                 if n == 0:
@@ -146,7 +187,7 @@ cdef class BlockingConnection(WireConnection):
                 total = 0
                 for i in range(n):
                     total += chunks[i].len
-                self.handed_bytes = self.tx_frames_bytes + (self.wend - self.wpos)
+                self.handed_bytes = self.handed_upto()
                 with nogil:
                     written = dw_sendmsg(fd, chunks, n, MSG_DONTWAIT | MSG_NOSIGNAL)
                     code = errno
@@ -163,10 +204,7 @@ cdef class BlockingConnection(WireConnection):
                         PyErr_CheckSignals()
                         continue
                     if code != EAGAIN:
-                        return self.lost(PeerLost(
-                            f"the connection to {self.peer} broke while sending: {read_error_text(code)}",
-                            peer=self.peer, sent="maybe",
-                        ))  # fmt: skip
+                        return self.send_failed(code)
                 if call is None or settled(call):
                     return 0
                 self.writer_blocked = True
@@ -201,6 +239,87 @@ cdef class BlockingConnection(WireConnection):
         self.tick(dw_now())
         return 0
 
+    cdef int send_failed(self, int code) except -1:
+        return self.lost(PeerLost(
+            f"the connection to {self.peer} broke while sending: {read_error_text(code)}", peer=self.peer, sent="maybe"
+        ))  # fmt: skip
+
+    cdef int exchange(self, double now) except -1:
+        """Send what is queued and wait for the first bytes that come, with one release of the GIL for both.
+
+        Does nothing when others use the connection too, or when there is more to it; what it leaves undone is for `write_out`
+        and `wait`. While it reads, `write_out` of another thread notes on its behalf that it has sent.
+        """
+        cdef dw_chunk chunks[MAX_CHUNKS]
+        cdef dw_chunk targets[MAX_TARGETS]
+        cdef int places
+        cdef ssize_t written, n = -1
+        cdef int code = EAGAIN
+        cdef int fd = self.fd
+        cdef double spin_until
+        if (
+            self.dead or self.tls is not None or self.writer_active or self.reader_active or self.live != 1
+            or not self.one_piece() or self.next_wakeup() - now < SLICE_MS * 0.001
+        ):  # fmt: skip
+            return 0
+        if self.gather(chunks, 1048576) != 1:
+            return 0
+        places = self.recv_targets(targets)
+        self.exchanged = chunks[0].len
+        self.handed_bytes = self.tx_frames_bytes + self.exchanged
+        self.writer_active = self.reader_active = True
+        self.exchanging = SENDING
+        try:
+            with nogil:
+                written = c_send(fd, chunks[0].base, chunks[0].len, MSG_DONTWAIT | MSG_NOSIGNAL)
+                if written == <ssize_t>chunks[0].len:
+                    dw_store(&self.exchanging, HAS_SENT)
+                    if self.spin_s > 0 and self.spin_misses < 16:
+                        spin_until = dw_now() + self.spin_s
+                        while True:
+                            n = dw_recv(fd, targets, places, MSG_DONTWAIT)
+                            code = errno
+                            if n >= 0 or code != EAGAIN or dw_now() >= spin_until:
+                                break
+                            sched_yield()
+                        self.spin_misses = self.spin_misses + 1 if n < 0 and code == EAGAIN else 0
+                    if n < 0 and code == EAGAIN:
+                        n = dw_recv(fd, targets, places, 0)  # the socket's own timeout is one slice
+                        code = errno
+                else:
+                    code = errno
+            if self.exchanging == HAS_SENT:
+                self.end_exchange()
+            elif self.exchanging == SENDING:  # the socket took only a part, or nothing
+                self.exchanging = NOT_EXCHANGING
+                self.writer_active = False
+                if not self.dead:
+                    self.handed_bytes = 0
+                    self.sent(max(written, 0))
+                    if written < 0 and code != EAGAIN and code != EINTR:
+                        self.send_failed(code)
+                return 0
+            if self.dead:
+                return 0
+            return self.take_in(n, code)
+        finally:
+            self.reader_active = False
+            if self.dead:
+                self.close_descriptor()
+
+    cdef int end_exchange(self) except -1:
+        """Note what a thread in `exchange` has sent, so that others can send too. That is a matter of microseconds."""
+        while dw_load(&self.exchanging) == SENDING:
+            with nogil:
+                sched_yield()
+        if self.exchanging == HAS_SENT:
+            self.exchanging = NOT_EXCHANGING
+            self.writer_active = False
+            if not self.dead:
+                self.handed_bytes = 0
+                self.sent(self.exchanged)
+        return 0
+
     cdef int wrote(self) except -1:
         return 0  # whoever is reading or calling writes before it sleeps
 
@@ -208,33 +327,26 @@ cdef class BlockingConnection(WireConnection):
 
     cdef int read_in(self, double seconds) except -1:
         """Read once, waiting at most ``seconds``; the caller is the leader or the only user."""
-        cdef unsigned char *base
-        cdef size_t size
+        cdef dw_chunk targets[MAX_TARGETS]
+        cdef int places
         cdef ssize_t n = -1
-        cdef iovec iov[2]
         cdef pollfd p
         cdef int fd = self.fd
         cdef int code = EAGAIN
         cdef int r = 1
-        cdef bint landing
         cdef double spin_until
         if self.dead:
             return 0
         self.reader_active = True
         try:
-            self.recv_target(&base, &size)
-            landing = self.land_left > 0
-            if landing:
-                self.rpos = self.rend = 0
-                iov[0].iov_base = base
-                iov[0].iov_len = size
-                iov[1].iov_base = self.rbuf
-                iov[1].iov_len = HEADER_BYTES
+            if self.tls is not None:
+                return self.read_in_tls(seconds)
+            places = self.recv_targets(targets)
             with nogil:
                 if self.spin_s > 0 and seconds > 0 and self.spin_misses < 16:
                     spin_until = dw_now() + self.spin_s
                     while True:
-                        n = readv(fd, iov, 2) if landing else c_recv(fd, base, size, MSG_DONTWAIT)
+                        n = dw_recv(fd, targets, places, MSG_DONTWAIT)
                         code = errno
                         if n >= 0 or code != EAGAIN or dw_now() >= spin_until:
                             break
@@ -244,46 +356,72 @@ cdef class BlockingConnection(WireConnection):
                     else:
                         self.spin_misses = 0
                 if n < 0 and code == EAGAIN:
-                    if seconds < SLICE_MS * 0.001 or landing:
+                    if seconds < SLICE_MS * 0.001:
                         p.fd = fd
                         p.events = POLLIN
                         p.revents = 0
                         r = poll(&p, 1, <int>(seconds * 1000 + 0.999))
                         code = errno
                         if r > 0:
-                            n = readv(fd, iov, 2) if landing else c_recv(fd, base, size, MSG_DONTWAIT)
+                            n = dw_recv(fd, targets, places, MSG_DONTWAIT)
                             code = errno
                         elif r == 0:
                             code = EAGAIN
                     else:
-                        n = c_recv(fd, base, size, 0)  # the socket's own timeout is one slice
+                        n = dw_recv(fd, targets, places, 0)  # the socket's own timeout is one slice
                         code = errno
             if self.dead:
                 return 0
             # Still the leader: what is called back may run Python code, and with it other threads.
-            return self.take_in(n, code, landing, size)
+            return self.take_in(n, code)
         finally:
             self.reader_active = False
             if self.dead:
                 self.close_descriptor()
 
-    cdef int take_in(self, ssize_t n, int code, bint landing, size_t size) except -1:
+    cdef int read_in_tls(self, double seconds) except -1:
+        """`read_in` over TLS; the caller has made itself the reader."""
+        cdef dw_chunk targets[MAX_TARGETS]
+        cdef pollfd p
+        cdef ssize_t n
+        cdef int code
+        cdef int came = 0
+        cdef bint waited = False
+        while not self.dead:
+            self.recv_targets(targets)
+            try:
+                n = self.tls.recv(self.fd, &targets[0])
+                code = errno
+            except ConnectError as error:
+                self.lost(error)
+                return came
+            if n > 0:
+                came = 1
+                self.take_in(n, 0)
+                continue
+            if self.tls.waiting():
+                self.write_out(None)  # of the handshake, say
+            if n == 0 or code != EAGAIN:
+                self.take_in(n, code)
+                return came
+            if waited or came or seconds <= 0:
+                return came
+            waited = True
+            p.fd = self.fd
+            p.events = POLLIN
+            p.revents = 0
+            with nogil:
+                poll(&p, 1, <int>(seconds * 1000 + 0.999))
+            PyErr_CheckSignals()
+        return came
+
+    cdef int take_in(self, ssize_t n, int code) except -1:
         """Deal with the outcome of a read. Returns 1 if something came."""
-        cdef size_t first
         if n > 0:
             try:
-                if landing:
-                    first = min(<size_t>n, size)
-                    self.received(first, dw_now())
-                    if <size_t>n > first:
-                        self.received(n - first, self.now)
-                else:
-                    self.received(n, dw_now())
+                self.received(n, dw_now())
             except DynwireError as error:
-                if self.ready:
-                    self.put_goaway(GOAWAY_PROTOCOL, str(error))
-                    self.write_out(None)
-                self.lost(error)
+                self.broken(error)
             except Exception as error:
                 self.lost(PeerLost(f"the connection to {self.peer} was given up: {error!r}", peer=self.peer, sent="maybe"))
                 raise
@@ -298,28 +436,35 @@ cdef class BlockingConnection(WireConnection):
             ))  # fmt: skip
         return 0
 
+    cdef int broken(self, object error) except -1:
+        self.farewell(str(error))
+        self.write_out(None)
+        return self.lost(error)
+
     cdef int tick(self, double now) except -1:
         """Timers of all calls on the connection, and the keep-alive ping."""
         if now >= self.next_wakeup() and not self.dead:
-            self.sweep(now)
+            self.time_passed(now)
             if not self.dead and not self.check_alive(now):
                 self.lost(silent_error(self, now))
         return 0
 
-    cdef int wait(self, Waiter call, Parker parker) except -1:
+    cdef int wait(self, Waiter call) except -1:
         """Until the call is settled: read, or sleep while another thread reads."""
         cdef double now, left
+        cdef Parker parker = None
         while not settled(call):
-            if self.dead:
-                # Another thread is in lost() and will settle the call.
-                self.park(parker)
-                continue
-            if self.has_output():
+            if self.has_output() and not self.dead:
                 self.write_out(call)
                 if settled(call):
                     break
-            if self.reader_active:
-                self.park(parker)
+            if self.dead or self.reader_active:
+                # Another thread reads, or is in lost() and will settle the call.
+                if parker is None:
+                    parker = my_parker()
+                    set_parker(call, parker)
+                else:
+                    self.park(parker)
                 continue
             now = dw_now()
             left = self.next_wakeup() - now
@@ -405,6 +550,7 @@ cdef class BlockingConnection(WireConnection):
         for stream in self.take_all_streams():
             (<StreamBase>stream).on_lost(error)
         self.reader_active = self.writer_active = False
+        self.exchanging = NOT_EXCHANGING
         self.sock.close()
 
 
@@ -413,6 +559,14 @@ cdef inline bint settled(Waiter call):
     if type(call) is BlockingCall:
         return call.outcome != PENDING
     return (<ItemReader>call).head < len((<ItemReader>call).items) or (<ItemReader>call).finished
+
+
+cdef inline int set_parker(Waiter call, Parker parker) except -1:
+    if type(call) is BlockingCall:
+        (<BlockingCall>call).parker = parker
+    else:
+        (<BlockingReader>call).parker = parker
+    return 0
 
 
 cdef object _thread_local = threading.local()
@@ -432,6 +586,7 @@ cdef class BlockingPool:
     ``open_connection(pool, timeout)`` returns a connected `BlockingConnection` or raises.
     """
 
+    cdef BlockingConnection top      # not in use, the last used; the list without it
     cdef list idle                   # not in use, the last used at the end
     cdef list connections            # all
     cdef int opening
@@ -440,28 +595,41 @@ cdef class BlockingPool:
     cdef object changed              # condition: a connection was opened, or could not be
     cdef readonly str address
     cdef bint closed
+    cdef double idle_timeout         # an unused connection is closed after this long, when the next call ends
+    cdef int max_idle                # and at once beyond this number of them
 
-    def __init__(self, str address, int limit, open_connection):
+    def __init__(self, str address, int limit, open_connection, *, double idle_timeout=60.0, int max_idle=65535):
         self.address = address
         self.limit = limit
+        self.idle_timeout = idle_timeout
+        self.max_idle = max_idle
         self.open_connection = open_connection
         self.changed = threading.Condition()
         self.idle = []
         self.connections = []
 
-    cdef BlockingConnection acquire(self, double limit, bint fresh):
+    cdef BlockingConnection acquire(self, double limit, bint fresh, double now):
         """A connection to send on, within ``limit`` seconds; ``release`` it when the call or stream has ended.
 
         ``fresh``: look at an idle one in any case, not only when it was idle for long.
         """
         cdef BlockingConnection conn
-        cdef double deadline = dw_now() + limit
+        cdef double deadline = now + limit
         cdef double left
         while True:
-            while self.idle:
-                conn = self.idle.pop()
-                if not conn.dead and not conn.draining and (fresh or dw_now() - conn.idle_since > STALE_S):
+            while self.top is not None or self.idle:
+                if self.top is not None:
+                    conn, self.top = self.top, None
+                else:
+                    conn = self.idle.pop()
+                conn.is_idle = False
+                if now - conn.idle_since > self.idle_timeout:
+                    self.discard(conn)
+                    continue
+                if not conn.dead and not conn.draining and (fresh or now - conn.idle_since > STALE_S):
                     conn.look()
+                elif conn.has_output():
+                    conn.write_out(None)  # credit, which the last call's end has left behind
                 if conn.dead or conn.draining or conn.has_output():
                     self.discard(conn)
                     continue
@@ -501,16 +669,22 @@ cdef class BlockingPool:
                 self.changed.wait(min(left, 0.1))
 
     cdef int release(self, BlockingConnection conn) except -1:
+        cdef BlockingConnection first
         if conn.dead or conn.draining and conn.live == 0:
             self.discard(conn)
-        elif conn.live == 0 and conn not in self.idle:
-            conn.idle_since = dw_now()
-            self.idle.append(conn)
-            if len(self.idle) > 1:
-                conn = self.idle[0]
-                if dw_now() - conn.idle_since > IDLE_LIMIT_S:
+        elif conn.live == 0 and not conn.is_idle:
+            if self.max_idle == 0:
+                return self.discard(conn)
+            conn.is_idle = True
+            conn.idle_since = conn.now  # of its last event
+            if self.top is not None:
+                self.idle.append(self.top)
+            self.top = conn
+            if self.idle:
+                first = <BlockingConnection>self.idle[0]
+                if <int>len(self.idle) >= self.max_idle or self.top.now - first.idle_since > self.idle_timeout:
                     self.idle.pop(0)
-                    self.discard(conn)
+                    self.discard(first)
         return 0
 
     cdef int discard(self, BlockingConnection conn) except -1:
@@ -522,6 +696,8 @@ cdef class BlockingPool:
 
     def gone(self, conn):
         """A connection has ended."""
+        if conn is self.top:
+            self.top = None
         if conn in self.idle:
             self.idle.remove(conn)
         if conn in self.connections:
@@ -530,12 +706,13 @@ cdef class BlockingPool:
     def connect(self, timeout=None):
         """Make sure that there is a connection; raises what `open_connection` raises."""
         if not self.connections:
-            self.release(self.acquire(3.0 if timeout is None else timeout, True))
+            self.release(self.acquire(3.0 if timeout is None else timeout, True, dw_now()))
 
     def close(self):
         self.closed = True
         for conn in list(self.connections):
             (<BlockingConnection>conn).close()
+        self.top = None
         self.idle.clear()
 
     def forget(self):
@@ -544,13 +721,14 @@ cdef class BlockingPool:
         for conn in self.connections:
             (<BlockingConnection>conn).forget()
         self.connections = []
+        self.top = None
         self.idle = []
 
     def stats(self):
         return [(<BlockingConnection>conn).stats() for conn in list(self.connections)]
 
 
-cdef class BlockingTcpChannel(ChannelBase):
+cdef class BlockingSocketChannel(ChannelBase):
     """Blocking calls to one instance (see `dynwire.planes.base.Channel`). Any thread may call."""
 
     cdef readonly BlockingPool pool
@@ -571,14 +749,15 @@ cdef class BlockingTcpChannel(ChannelBase):
         cdef bytes meta
         cdef object data = encode_payload(payload, &kind, self.options.kind)
         call.reply_type = reply_type
-        set_limits(call, self.options, timeouts, context, dw_now())
+        now = dw_now()
+        set_limits(call, self.options, timeouts, context, now)
         meta = request_meta(context)
         if context is not None and context._flags & CTX_KILLED:
             raise Cancelled("the request was killed by its context before it was sent", peer=self.peer, sent="no")
         limit = self.options.connect_timeout
-        if isinstance(timeouts, Timeouts) and timeouts.connect is not None:
+        if timeouts is not None and isinstance(timeouts, Timeouts) and timeouts.connect is not None:
             limit = timeouts.connect
-        conn = self.pool.acquire(min(limit, call.total_deadline - dw_now()), isinstance(call, BlockingReader))
+        conn = self.pool.acquire(min(limit, call.total_deadline - now), type(call) is BlockingReader, now)
         now = dw_now()
         if now >= call.total_deadline:
             self.pool.release(conn)
@@ -604,11 +783,14 @@ cdef class BlockingTcpChannel(ChannelBase):
     def call(self, payload, timeouts=None, reply_type=None, Context context=None):
         cdef BlockingCall call = BlockingCall.__new__(BlockingCall)
         cdef BlockingConnection conn
-        call.parker = my_parker()
         conn = self.start(call, payload, timeouts, reply_type, context)
         try:
-            conn.write_out(call)
-            conn.wait(call, call.parker)
+            conn.exchange(conn.now)
+            if call.outcome == PENDING:
+                conn.write_out(call)
+                conn.wait(call)
+            else:
+                conn.hand_over()
         except BaseException:
             # Ctrl-C, say: nobody waits any more.
             if call.outcome == PENDING:
@@ -620,6 +802,8 @@ cdef class BlockingTcpChannel(ChannelBase):
             conn.hand_over()
             self.pool.release(conn)
             raise
+        if call.outcome != RESULT and not conn.dead:
+            conn.write_out(None)  # if it was given up, the handler is to know now and not with the next request
         self.pool.release(conn)
         if call.outcome == RESULT:
             return call.value
@@ -675,10 +859,9 @@ cdef class BlockingItemStream:
                     reader.value = None
                     raise error
                 raise StopIteration
-            reader.parker = my_parker()
             reader.await_item()
             try:
-                conn.wait(reader, reader.parker)
+                conn.wait(reader)
             except BaseException:
                 self.close()
                 conn.hand_over()

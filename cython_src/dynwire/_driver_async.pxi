@@ -1,7 +1,8 @@
-# Connections of the asyncio side, client and server. The file is included by _tcpio.pyx.
+# Connections of the asyncio side, client and server. Included by _tcpio.pyx and _httpio.pyx, which name the Machine: the state
+# machine of their wire, a subclass of Link.
 
 
-cdef class AsyncConnection(WireConnection):
+cdef class AsyncConnection(Machine):
     """A connection that lives on an event loop. Used from the loop's thread only."""
 
     cdef int fd
@@ -20,15 +21,18 @@ cdef class AsyncConnection(WireConnection):
     cdef double spin_until
     cdef bint spinning
     cdef int spin_misses
+    cdef TlsLayer tls
 
-    def __init__(self, bint is_client, loop, sock, peer, *, spin_us=0.0, **limits):
+    def __init__(self, bint is_client, loop, sock, peer, *, spin_us=0.0, tls=None, tls_hostname=None, **limits):
         super().__init__(is_client, **limits)
+        if tls is not None:
+            self.tls = TlsLayer(tls, not is_client, tls_hostname, peer)
         self.loop = loop
         self.sock = sock
         self.fd = sock.fileno()
         self.peer = peer
         self.armed_at = INFINITY
-        self.last_rx = dw_now()
+        self.last_rx = self.now = dw_now()
         self.flush_callback = self._flush_soon
         self.spin_s = spin_us * 1e-6
 
@@ -45,10 +49,9 @@ cdef class AsyncConnection(WireConnection):
 
     cdef int _read(self, int rounds) except -1:
         """Read what is there, at most ``rounds`` times a buffer, then write what that caused. Returns bytes read."""
-        cdef unsigned char *base
-        cdef size_t size, first
+        cdef dw_chunk targets[MAX_TARGETS]
+        cdef int places
         cdef ssize_t n
-        cdef iovec iov[2]
         cdef int total = 0
         if self.dead:
             return 0
@@ -57,36 +60,22 @@ cdef class AsyncConnection(WireConnection):
         try:
             while rounds > 0 and self.reading and not self.dead:
                 rounds -= 1
-                self.recv_target(&base, &size)
-                if self.land_left:
-                    # The rest of the fragment goes where it belongs, the header behind it into the staging buffer.
-                    self.rpos = self.rend = 0
-                    iov[0].iov_base = base
-                    iov[0].iov_len = size
-                    iov[1].iov_base = self.rbuf
-                    iov[1].iov_len = HEADER_BYTES
-                    n = readv(self.fd, iov, 2)
-                    if n > 0:
-                        total += n
-                        first = min(<size_t>n, size)
-                        self.received(first, dw_now())
-                        if <size_t>n > first:
-                            self.received(n - first, self.now)
-                        if self.to_wake:
-                            wake_readers(self)
-                        if <size_t>n < size:
-                            break
-                        continue
+                places = self.recv_targets(targets)
+                if self.tls is not None:
+                    n = self.tls.recv(self.fd, &targets[0])
+                    rounds += n > 0  # a record may end anywhere: what is decrypted already has to be taken
                 else:
-                    n = c_recv(self.fd, base, size, MSG_DONTWAIT)
-                    if n > 0:
-                        total += n
-                        self.received(n, dw_now())
-                        if self.to_wake:
-                            wake_readers(self)
-                        if <size_t>n < size:
-                            break
-                        continue
+                    n = dw_recv(self.fd, targets, places, MSG_DONTWAIT)
+                if n > 0:
+                    total += n
+                    self.received(n, dw_now())
+                    if self.to_wake:
+                        wake_readers(self)
+                    if <size_t>n < targets[0].len and self.tls is None:
+                        break
+                    if places == 2 and <size_t>n == targets[0].len and not self.more_expected():
+                        break  # a payload is complete and nothing is behind it
+                    continue
                 if n == 0:
                     self.lost(PeerLost(f"{self.peer} closed the connection", peer=self.peer, sent="maybe"))
                 elif errno == EINTR:
@@ -109,7 +98,7 @@ cdef class AsyncConnection(WireConnection):
             if not self.is_client:
                 leave_task(self.loop)
         if not self.dead:
-            if self.has_output() and not self.writer_blocked:
+            if (self.has_output() or self.tls is not None) and not self.writer_blocked:
                 self.flush()
             if self.next_wakeup() < self.armed_at:
                 self.set_timer()
@@ -119,10 +108,12 @@ cdef class AsyncConnection(WireConnection):
         """The peer broke the protocol: tell it why, and close."""
         if self.dead:
             return 0
-        if self.preface_done and self.ready:
-            self.put_goaway(GOAWAY_PROTOCOL, str(error))
-            self.flush()
+        self.farewell(str(error))
+        self.flush()
         return self.lost(error)
+
+    cdef int broken(self, object error) except -1:
+        return self.protocol_failure(error)
 
     cdef int wrote(self) except -1:
         """Something was queued: write it at the end of the read callback or of this turn of the loop."""
@@ -131,7 +122,7 @@ cdef class AsyncConnection(WireConnection):
             if self.next_wakeup() < self.armed_at:
                 self.set_timer()
         elif self.in_dispatch:
-            if self.oend >= self.flush_at and not self.dead:
+            if self.output_backlog() >= self.flush_at and not self.dead:
                 self.flush()
                 self.flush_at = min(self.flush_at * 4, LAST_EARLY_FLUSH)
         elif not self.flush_scheduled and not self.writer_blocked and not self.dead:
@@ -154,6 +145,8 @@ cdef class AsyncConnection(WireConnection):
         cdef int n, i
         cdef size_t total
         cdef ssize_t written
+        if self.tls is not None:
+            return self.flush_tls()
         while self.has_output() and not self.dead:
             n = self.gather(chunks, 1048576)
             if n == 0:
@@ -177,6 +170,34 @@ cdef class AsyncConnection(WireConnection):
             self.sent(written)
             if <size_t>written < total:
                 return self.wait_writable()
+        if self.writer_blocked and not self.dead:
+            self.writer_blocked = False
+            self.loop.remove_writer(self.fd)
+        return self.drained()
+
+    cdef int flush_tls(self) except -1:
+        cdef dw_chunk chunks[MAX_CHUNKS]
+        cdef int n, i
+        cdef size_t total
+        cdef ssize_t pushed
+        while not self.dead:
+            pushed = self.tls.push(self.fd)
+            if pushed < 0:
+                return self.lost(PeerLost(
+                    f"the connection to {self.peer} broke while sending: {read_error_text(errno)}", peer=self.peer, sent="maybe"
+                ))  # fmt: skip
+            if pushed == 0:
+                return self.wait_writable()
+            if self.tls.shaking or not self.has_output():
+                break
+            n = self.gather(chunks, 262144)
+            if n == 0:
+                break
+            total = 0
+            for i in range(n):
+                total += chunks[i].len
+            self.tls.encrypt(chunks, n)
+            self.sent(total)
         if self.writer_blocked and not self.dead:
             self.writer_blocked = False
             self.loop.remove_writer(self.fd)
@@ -212,15 +233,15 @@ cdef class AsyncConnection(WireConnection):
                 self.reading = True
                 self.loop.add_reader(self.fd, self._on_readable)
             self.writable_again()
-        if self.on_drained is not None and not self.has_output():
+        if self.on_drained is not None and not self.has_unsent():
             callback, self.on_drained = self.on_drained, None
             callback()
         return 0
 
     @property
     def unsent(self):
-        """True while something waits for the socket."""
-        return self.has_output()
+        """True while something waits for the socket, or for the peer to read."""
+        return self.has_unsent()
 
     # ---- time ----
 
@@ -243,16 +264,11 @@ cdef class AsyncConnection(WireConnection):
         self.armed_at = INFINITY
         if self.dead:
             return
-        self.on_time(now)
+        self.time_passed(now)
         if not self.dead:
             if self.has_output() and not self.writer_blocked:
                 self.flush()
             self.set_timer()
-
-    cdef int on_time(self, double now) except -1:
-        if self.min_timer <= now:
-            self.sweep(now)
-        return 0
 
     # ---- spinning ----
 
@@ -328,8 +344,14 @@ cdef class AsyncConnection(WireConnection):
     def close(self, error=None):
         """Close now; streams in flight end with ``error``."""
         if not self.dead:
+            self.in_dispatch = True  # written below, also if the loop is closed already
+            self.last_words()
+            self.in_dispatch = False
             if not self.writer_blocked:
                 self.flush()
+                if self.tls is not None and not self.dead:
+                    self.tls.say_goodbye()
+                    self.tls.push(self.fd)
             self.lost(error or ManagerClosed(f"the connection to {self.peer} was closed", peer=self.peer, sent="maybe"))
 
 
@@ -350,6 +372,8 @@ cdef class AsyncClientConnection(AsyncConnection):
         self.hello_waiter = waiter
         self.start(software=software, connection_id=connection_id, token=token, accept_timeout_ms=self.accept_timeout_ms)
         self.open()
+        if self.tls is not None:
+            self._on_readable()  # begins the handshake
 
     cdef int on_hello(self, dict hello) except -1:
         waiter, self.hello_waiter = self.hello_waiter, None
@@ -404,14 +428,14 @@ cdef class AsyncClientConnection(AsyncConnection):
         self.blocked = 0
         return AsyncConnection.drained(self)
 
-    cdef int on_time(self, double now) except -1:
-        AsyncConnection.on_time(self, now)
+    cdef int time_passed(self, double now) except -1:
+        AsyncConnection.time_passed(self, now)
         if not self.dead and not self.check_alive(now):
             self.lost(silent_error(self, now))
         return 0
 
 
-cdef class AsyncTcpChannel(ChannelBase):
+cdef class AsyncSocketChannel(ChannelBase):
     """Calls to one instance over the connections to its address (see `dynwire.planes.base.AsyncChannel`)."""
 
     cdef AsyncClientConnection conn
@@ -492,7 +516,6 @@ cdef class AsyncServerConnection(AsyncConnection):
     cdef object server
     cdef dict entries
     cdef object base_context
-    cdef double accept_after
     cdef HandlerTask spare           # of a handler that did not suspend, for the next request
     cdef bint tracebacks
 
@@ -524,7 +547,8 @@ cdef class AsyncServerConnection(AsyncConnection):
         task, self.spare = self.spare, None
         return HandlerTask.__new__(HandlerTask) if task is None else <HandlerTask>task
 
-    cdef int on_request(self, StreamBase stream, object target, object payload, int kind, bytes meta, uint32_t ms) except -1:
+    cdef int on_request(self, StreamBase stream, object target, object payload, int kind, object meta,
+                        uint32_t ms) except -1:
         cdef HandlerTask task = <HandlerTask>stream
         cdef EndpointEntry entry
         if self.draining and <int32_t>(stream.seq - self.goaway_seq) > 0:
@@ -556,8 +580,9 @@ cdef class AsyncServerConnection(AsyncConnection):
             self, entry, payload, kind, meta, self.now + ms * 0.001 if ms else INFINITY, self.now + self.accept_after,
             self.base_context,
         )
-        # Two references are the caller's and ours; any further one is the user's, from current_task().
-        if task.recyclable() and Py_REFCNT(task) == 2:
+        # Two references are the caller's and ours, a third one is the entry of the loop's current task, which a step within a
+        # read callback leaves in place; any further one is the user's, from current_task().
+        if task.recyclable() and Py_REFCNT(task) == (3 if task.started and self.in_dispatch else 2):
             task.recycle()
             self.spare = task
         return 0
@@ -598,7 +623,9 @@ cdef class AsyncServerConnection(AsyncConnection):
     def go_away(self, str text):
         """Refuse further requests on this connection; those in flight go on."""
         if not self.dead and not self.draining:
+            self.in_dispatch = True  # written below, also if the loop is closed already
             self.put_goaway(GOAWAY_NORMAL, text)
+            self.in_dispatch = False
             if not self.writer_blocked:
                 self.flush()
 

@@ -1,15 +1,17 @@
-# System calls and small helpers shared by the drivers. The file is included by _tcpio.pyx.
+# System calls and small helpers shared by the drivers. Included by _tcpio.pyx and _httpio.pyx.
 
 import asyncio
 import errno as errno_module
 import hmac
 import os
+import ssl
 import threading
 
 import msgspec
 from cpython.bytes cimport PyBytes_CheckExact
 from cpython.object cimport PyObject
 from libc.errno cimport EAGAIN, EINTR, errno
+from libc.string cimport memcpy
 from libc.math cimport INFINITY
 from cpython.ref cimport Py_DECREF
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
@@ -29,12 +31,12 @@ from ._awaitable cimport (
     wake_readers,
 )
 from ._context cimport CTX_KILLED, Context, current_context
-from ._frames cimport (
-    HEADER_BYTES,
+from ._link cimport (
     MAX_CHUNKS,
+    MAX_TARGETS,
     META_LIMIT,
+    Link,
     StreamBase,
-    WireConnection,
     dw_chunk,
 )
 
@@ -60,18 +62,11 @@ from .types import Timeouts
 from .wire.faults import error_body, for_request
 
 cdef extern from "<sys/socket.h>" nogil:
-    ssize_t c_recv "recv"(int fd, void *buf, size_t n, int flags)
     ssize_t c_send "send"(int fd, const void *buf, size_t n, int flags)
     int MSG_DONTWAIT
     int MSG_NOSIGNAL
     int SHUT_RDWR
     int c_shutdown "shutdown"(int fd, int how)
-
-cdef extern from "<sys/uio.h>" nogil:
-    struct iovec:
-        void *iov_base
-        size_t iov_len
-    ssize_t readv(int fd, const iovec *iov, int n)
 
 cdef extern from "<poll.h>" nogil:
     struct pollfd:
@@ -102,12 +97,27 @@ cdef extern from *:
         m.msg_iov = (struct iovec *)chunks; m.msg_iovlen = (size_t)n;
         return sendmsg(fd, &m, flags);
     }
+    static inline ssize_t dw_recv(int fd, dw_chunk *targets, int n, int flags) {
+        if (n == 1) return recv(fd, (void *)targets[0].base, targets[0].len, flags);
+        struct msghdr m; memset(&m, 0, sizeof m);
+        m.msg_iov = (struct iovec *)targets; m.msg_iovlen = (size_t)n;
+        return recvmsg(fd, &m, flags);
+    }
     """
     double dw_now() nogil
+    ssize_t dw_recv(int fd, dw_chunk *targets, int n, int flags) nogil
     ssize_t dw_sendmsg(int fd, dw_chunk *chunks, int n, int flags) nogil
+
+cdef extern from *:
+    """
+    static inline ssize_t recv_plain(int fd, void *to, size_t n) { return recv(fd, to, n, MSG_DONTWAIT); }
+    """
+    ssize_t recv_plain(int fd, void *to, size_t n) nogil
 
 cdef extern from "Python.h":
     int PyObject_CheckBuffer(object)
+    object PyMemoryView_FromMemory(char *mem, Py_ssize_t size, int flags)
+    int PyBUF_READ
     int PyErr_CheckSignals() except -1
     Py_ssize_t Py_REFCNT(object)
 
@@ -121,6 +131,102 @@ cdef enum:
     GOAWAY_UNAUTHENTICATED = 2
     GOAWAY_OVERLOADED = 3
     GOAWAY_VERSION = 4
+
+cdef enum:
+    TLS_READ = 65536              # ciphertext read at once
+
+
+cdef class TlsLayer:
+    """TLS between a machine and its socket, without I/O of its own but the two calls on the descriptor it is given.
+
+    `shaking` is true until the handshake is done; before that nothing of the machine's can be sent.
+    """
+    cdef object obj
+    cdef object incoming
+    cdef object outgoing
+    cdef object peer
+    cdef bint shaking
+    cdef bytes out                 # ciphertext that is being written
+    cdef Py_ssize_t out_at
+    cdef readonly object alpn
+
+    def __init__(self, context, bint server_side, hostname, peer):
+        self.incoming = ssl.MemoryBIO()
+        self.outgoing = ssl.MemoryBIO()
+        self.obj = context.wrap_bio(self.incoming, self.outgoing, server_side=server_side, server_hostname=hostname)
+        self.peer = peer
+        self.shaking = True
+
+    cdef ssize_t recv(self, int fd, dw_chunk *target) except -2:
+        """Plaintext into ``target``: its length, 0 at the end, -1 with errno. Never waits. Raises `ConnectError`."""
+        cdef char scratch[TLS_READ]
+        cdef ssize_t n
+        cdef bytes data
+        while True:
+            try:
+                if self.shaking:
+                    self.obj.do_handshake()
+                    self.shaking = False
+                    self.alpn = self.obj.selected_alpn_protocol()
+                data = self.obj.read(target.len)
+            except ssl.SSLWantReadError:
+                n = recv_plain(fd, scratch, TLS_READ)
+                if n <= 0:
+                    return n
+                self.incoming.write(scratch[:n])
+                continue
+            except ssl.SSLZeroReturnError:
+                return 0
+            except ssl.SSLError as error:
+                reason = getattr(error, "verify_message", None) or error.reason or str(error)
+                what = "the handshake" if self.shaking else "a record"
+                raise ConnectError(f"TLS with {self.peer}: {what} failed ({reason})", peer=self.peer, sent="maybe") from error
+            n = len(data)
+            memcpy(<void *>target.base, <const char *>data, n)
+            return n
+
+    cdef int encrypt(self, dw_chunk *chunks, int n) except -1:
+        """Take everything that ``chunks`` name."""
+        cdef size_t done
+        cdef int i
+        for i in range(n):
+            done = 0
+            while done < chunks[i].len:
+                rest = PyMemoryView_FromMemory(<char *>chunks[i].base + done, chunks[i].len - done, PyBUF_READ)
+                done += <size_t>self.obj.write(rest)
+        return 0
+
+    cdef ssize_t push(self, int fd) except -2:
+        """Write ciphertext: 1 when all of it has left, 0 when the socket takes no more, -1 with errno. Never waits."""
+        cdef ssize_t n
+        while True:
+            if self.out is None:
+                if not self.outgoing.pending:
+                    return 1
+                self.out = self.outgoing.read()
+                self.out_at = 0
+            n = c_send(fd, <const char *>self.out + self.out_at, len(self.out) - self.out_at, MSG_DONTWAIT | MSG_NOSIGNAL)
+            if n < 0:
+                if errno == EINTR:
+                    continue
+                return 0 if errno == EAGAIN else -1
+            self.out_at += n
+            if self.out_at == len(self.out):
+                self.out = None
+
+    cdef bint waiting(self):
+        """Is there ciphertext to write?"""
+        return self.out is not None or self.outgoing.pending > 0
+
+    cdef int say_goodbye(self) except -1:
+        """Queue close_notify, so that the peer can tell the end from a cut."""
+        if not self.shaking:
+            try:
+                self.obj.unwrap()
+            except ssl.SSLError:  # it wants the peer's answer, which nobody waits for
+                pass
+        return 0
+
 
 cdef object _pack_headers = msgspec.msgpack.Encoder().encode
 cdef object _msgpack_encode = msgpack_encode
@@ -152,7 +258,7 @@ cdef class RequestOptions:
         self.keepalive_timeout = keepalive_timeout
         self.spin_s = spin_us * 1e-6
 
-    cdef apply(self, WireConnection conn):
+    cdef apply(self, Link conn):
         conn.channel_buffer = self.channel_buffer
         conn.keepalive_interval = self.keepalive_interval
         conn.keepalive_timeout = self.keepalive_timeout
@@ -281,7 +387,7 @@ GOAWAY_ERRORS = {
 }
 
 
-cdef object goaway_error(WireConnection conn, int code, str text):
+cdef object goaway_error(Link conn, int code, str text):
     """The peer closes the connection, or refuses it before it has begun."""
     cls = GOAWAY_ERRORS.get(code, PeerLost)
     if cls is PlaneMismatch:
@@ -289,11 +395,11 @@ cdef object goaway_error(WireConnection conn, int code, str text):
     return cls(f"{conn.peer} closed the connection: {text}", peer=conn.peer, sent="maybe")
 
 
-cdef object not_taken(WireConnection conn, str text):
+cdef object not_taken(Link conn, str text):
     return PeerLost(f"{conn.peer} is shutting down ({text}) and did not take the request", peer=conn.peer, sent="no")
 
 
-cdef object silent_error(WireConnection conn, double now):
+cdef object silent_error(Link conn, double now):
     quiet = now - max(conn.last_rx, conn.live_since)
     return PeerLost(
         f"{conn.peer} gave no sign of life for {quiet:.3g} s (a ping was not answered within {conn.keepalive_timeout:.3g} s, "
@@ -301,7 +407,7 @@ cdef object silent_error(WireConnection conn, double now):
     )  # fmt: skip
 
 
-cdef int name_request(WireConnection conn, Waiter call) except -1:
+cdef int name_request(Link conn, Waiter call) except -1:
     """Let the request's context know its id, which connection and sequence number make."""
     if call.context is not None and call.context._connection_id is None:
         call.context._connection_id = conn.connection_id
