@@ -87,7 +87,6 @@ cdef class LibraryEngine(Http2Engine):
     """One connection, run by ``h2.connection.H2Connection``."""
 
     cdef object conn
-    cdef dict streams                # id -> Http2Stream that the owner knows and that is not closed
     cdef object waiting              # ids with queued data, in the order of their turns
     cdef bytearray inbox             # between recv_target and received only
     cdef bytearray partial           # beginning of a frame
@@ -346,6 +345,15 @@ cdef class LibraryEngine(Http2Engine):
         self.live += 1
         self.streams[s.id] = s
         return s
+
+    cdef list take_streams(self):
+        cdef list out = Http2Engine.take_streams(self)
+        cdef Http2Stream s
+        for s in out:
+            s.bits |= B_GONE
+            self.uncount(s)
+        self.waiting.clear()
+        return out
 
     cdef int reset(self, Http2Stream s, uint32_t code) except -1:
         if self.dead or s.bits & B_GONE:
