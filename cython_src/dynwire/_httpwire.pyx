@@ -1054,6 +1054,8 @@ cdef class HttpWire(Link):
             return 0
         if ex.encoder is None:
             ex.encoder = http_api.reply_encoder(_SHAPE_NAMES[ex.shape], not last, kind)
+        if ex.shape == SH_RAW and ex.begun:
+            return self.reply_data(ex, p, n, None, last)  # the items' bytes one after the other, as its encoder has it
         data = ex.encoder.item(PyBytes_FromStringAndSize(<char *>p, n), kind, last)
         if not ex.begun:
             self.reply_head(ex, [_STATUS_OK, *ex.encoder.head(), (_ID, self.id_of(ex))], False)

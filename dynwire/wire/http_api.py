@@ -69,6 +69,7 @@ __all__ = [
     "ready_page",
     "refusal",
     "reply_encoder",
+    "reply_kind",
     "request_headers",
     "status_of",
 ]
@@ -532,6 +533,14 @@ def _plain_name(name: str) -> bool:
 
 def _base64(data: bytes) -> bytes:
     return base64.urlsafe_b64encode(data).rstrip(b"=")
+
+
+def reply_kind(headers: Headers) -> int:
+    """Codec of a response that is no worker's (no items): a number of `dynwire.codec.KINDS`, raw for types that are not ours."""
+    for name, value in headers:
+        if name == b"content-type":
+            return max(_kind_of(value), KIND_RAW)
+    return KIND_RAW
 
 
 # Replies ---------------------------------------------------------------------------------------------------------------------
