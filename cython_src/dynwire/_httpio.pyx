@@ -16,6 +16,7 @@ cdef class HttpServerConnection(AsyncServerConnection):
         super().__init__(loop, sock, peer, server, base_context, **options)
         self.connection_id = os.urandom(8)
         self.routes = server.routes
+        self.fixed = server.fixed
 
     cdef int on_hello(self, dict hello) except -1:
         return 0

@@ -11,8 +11,8 @@ included, as a direct one. The response's head says that the request has been ac
 
 Flow control: a reader's items are given back to the window when the application takes them. An item larger than the window
 can arrive only because its bytes are given back early, which happens while nothing else of the stream is unread: what a stream
-may hold is its window and one item. Requests are given back as they arrive, because a handler gets whole requests; the bytes held for
-them are bounded per connection, and one more is refused.
+may hold is its window and one item. Requests are given back as they arrive, because a handler gets whole requests; the bytes
+held for them are bounded per connection, and one more is refused.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
@@ -55,6 +55,9 @@ from .errors import (
 )
 from .wire import http_api
 from .wire.faults import error_from_body
+
+cdef extern from "Python.h":
+    bytes PyBytes_FromFormat(const char *format, ...)
 
 cdef enum:
     NO_ERROR = 0
@@ -329,8 +332,8 @@ cdef class HttpWire(Link):
             return 0
         theirs = describe_foreign(head)
         raise PlaneMismatch(
-            f"{self.peer} speaks {theirs}, but this is the dynwire http plane, which needs HTTP/2 there: the worker is on another "
-            "plane (check DYN_REQUEST_PLANE on both sides), or a proxy before it does not speak HTTP/2 without TLS",
+            f"{self.peer} speaks {theirs}, but this is the dynwire http plane, which needs HTTP/2 there: the worker is on "
+            "another plane (check DYN_REQUEST_PLANE on both sides), or a proxy before it does not speak HTTP/2 without TLS",
             ours="http (HTTP/2)", theirs=theirs, peer=self.peer, details={"head": head.decode("latin-1")},
         )  # fmt: skip
 
@@ -430,6 +433,8 @@ cdef class HttpWire(Link):
             if kind == K_TRAILERS:
                 if end:
                     return self.h2_data(h2, NULL, 0, True)
+                return 0
+            if end and self.fixed is not None and self.answer_fixed(h2, headers):
                 return 0
             ex = self.read_or_refuse(headers, h2)
             if ex is None:
@@ -587,6 +592,30 @@ cdef class HttpWire(Link):
             self.on_slot_free()
         return 0
 
+    cdef bint answer_fixed(self, Http2Stream h2, list headers) except -1:
+        """Answer ``GET`` of a page that never changes, whatever the other headers say; False if it is something else."""
+        cdef object name
+        cdef object path = None
+        cdef tuple reply
+        cdef bytes body
+        for pair in headers:
+            name = (<tuple>pair)[0]
+            if name is _METHOD:
+                if (<tuple>pair)[1] != b"GET":
+                    return False
+            elif name is _PATH:
+                path = (<tuple>pair)[1]
+            elif path is not None:
+                break
+        reply = self.fixed.get(path)
+        if reply is None:
+            return False
+        body = reply[1]
+        self.engine.send_headers(h2, reply[0], False)
+        self.engine.send_data(h2, <const unsigned char *>PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body), None, True)
+        self.engine.release(h2)
+        return True
+
     # ---- server: requests ------------------------------------------------------------------------------------------------
 
     cdef Exchange read_or_refuse(self, list headers, Http2Stream h2):
@@ -715,9 +744,9 @@ cdef class HttpWire(Link):
             self.put_slot(stream, self.live)
         self.seq += 1
         stream.seq = self.seq
-        if ex.request_id is None and ex.shape != SH_ITEMS:
-            ex.request_id = f"{self.connection_id.hex()}-{stream.seq:x}"
         stream.in_id = ex.request_id
+        if ex.request_id is None:
+            ex.seq = stream.seq  # the context makes the same id of it when somebody asks
         stream.reply_kind_ = 1 if ex.shape == SH_MSGPACK else 2 if ex.shape > SH_ITEMS else 0
         if end:
             return self.request_ended(ex, NULL, 0)
@@ -904,7 +933,7 @@ cdef class HttpWire(Link):
         if ex.ended:
             return 0
         if not ex.begun:
-            status, headers, data = http_api.refusal(_SHAPE_NAMES[ex.shape or SH_AUTO], error, ex.request_id or "")
+            status, headers, data = http_api.refusal(_SHAPE_NAMES[ex.shape or SH_AUTO], error, self.id_of(ex).decode())
             return self.answer(ex, status, headers, data)
         if ex.encoder is None:
             ex.encoder = http_api.reply_encoder("items", True)
@@ -989,18 +1018,36 @@ cdef class HttpWire(Link):
             stream.state |= S_SENDING
         return 0
 
+    cdef bytes id_of(self, Exchange ex):
+        """The request's id for a response: the caller's, or the one that its context makes of connection and number."""
+        if ex.request_id is not None:
+            return (<str>ex.request_id).encode("latin-1")
+        if self.id_prefix is None:
+            self.id_prefix = self.connection_id.hex().encode()
+        return PyBytes_FromFormat("%s-%x", PyBytes_AS_STRING(self.id_prefix), ex.seq)
+
     cdef int put_encoded(self, Exchange ex, const unsigned char *p, size_t n, int kind, bint last) except -1:
         """An item for somebody else's client."""
         cdef bytes data
+        cdef unsigned char *out
+        cdef size_t size
         cdef list fields
         if last and not ex.begun and not ex.is_head and (
             kind == 2 and ex.shape <= SH_JSON or kind == 2 and ex.shape == SH_AUTO or kind == 0 and ex.shape >= SH_RAW
         ):
-            fields = [_STATUS_OK, <tuple>_KIND_FIELDS[kind], (_LENGTH, str(n).encode())]
-            if ex.request_id is not None:
-                fields.append((_ID, (<str>ex.request_id).encode("latin-1")))
-            self.reply_head(ex, fields, n == 0)
-            if n:
+            size = n + 1 if kind else n  # a document ends with a line end, for people with a shell
+            fields = [_STATUS_OK, <tuple>_KIND_FIELDS[kind], (_LENGTH, PyBytes_FromFormat("%zu", size)), (_ID, self.id_of(ex))]
+            self.reply_head(ex, fields, size == 0)
+            if kind:
+                out = dw_buf_reserve(&self.scratch, size)
+                if out is NULL:
+                    raise MemoryError()
+                memcpy(out, p, n)
+                out[n] = 10
+                self.reply_data(ex, out, size, None, True)
+                if self.scratch.cap > SNIFF_BYTES:
+                    dw_buf_free(&self.scratch)
+            elif n:
                 self.reply_data(ex, p, n, None, True)
             elif ex.h2 is None:
                 self.h1_flush()
@@ -1009,10 +1056,7 @@ cdef class HttpWire(Link):
             ex.encoder = http_api.reply_encoder(_SHAPE_NAMES[ex.shape], not last, kind)
         data = ex.encoder.item(PyBytes_FromStringAndSize(<char *>p, n), kind, last)
         if not ex.begun:
-            fields = [_STATUS_OK, *ex.encoder.head()]
-            if ex.request_id is not None:
-                fields.append((_ID, (<str>ex.request_id).encode("latin-1")))
-            self.reply_head(ex, fields, False)
+            self.reply_head(ex, [_STATUS_OK, *ex.encoder.head(), (_ID, self.id_of(ex))], False)
         return self.reply_data(ex, <const unsigned char *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), None, last)
 
     cdef int put_end(self, StreamBase stream) except -1:
@@ -1031,10 +1075,7 @@ cdef class HttpWire(Link):
             if ex.encoder is None:
                 ex.encoder = http_api.reply_encoder(_SHAPE_NAMES[ex.shape], True)
             if not ex.begun:
-                fields = [_STATUS_OK, *ex.encoder.head()]
-                if ex.request_id is not None:
-                    fields.append((_ID, ex.request_id.encode("latin-1")))
-                self.reply_head(ex, fields, False)
+                self.reply_head(ex, [_STATUS_OK, *ex.encoder.head(), (_ID, self.id_of(ex))], False)
             data = ex.encoder.end()
         self.reply_data(ex, <const unsigned char *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), None, True)
         if ex.h2 is not None and ex.h2.queued:

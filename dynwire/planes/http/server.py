@@ -30,6 +30,10 @@ class AsyncHttpServer(AsyncSocketServer):
         self._limits = http2_limits(config)
         self._limits["max_concurrent_streams"] = config.http.max_concurrent_streams
         self._live = http_api.live_page()
+        self.fixed: dict[bytes, tuple[http_api.Headers, bytes]] = {
+            b"/live": ([(b":status", b"200"), *_JSON_HEAD, (b"content-length", b"%d" % len(self._live))], self._live)
+        }
+        """pages that are the same for everybody, answered in compiled code"""
         self._tls = server_context(config)
         self._scheme = "http" if self._tls is None else "https"
 
