@@ -180,8 +180,6 @@ def request_for(peer_name: str, kind: str, size: int) -> Request:
         return Request("POST", "/bench/echo", octets, payload, lambda reply: reply == payload)
     if kind == "chunks":
         wanted = common.CHUNK * common.CHUNKS
-        if peer == "dynwire":  # its items keep their borders
-            return Request("POST", common.CHUNKS_PATH, octets, b"{}", lambda reply: reply.count(common.CHUNK) == common.CHUNKS)
         return Request("POST", common.CHUNKS_PATH, octets, b"{}", lambda reply: reply == wanted)
     payload = b"x" * size
     path = static_path(size) if peer == "nghttpd" else common.ECHO_PATH

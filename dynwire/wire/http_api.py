@@ -13,7 +13,7 @@ import binascii
 import functools
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 from urllib.parse import unquote
 
@@ -361,6 +361,14 @@ def _kind_of(content_type: bytes) -> int:
     if media.startswith(b"application/") and media.endswith(b"+json"):  # RFC 6839 §3.1
         return KIND_JSON
     return _CONTENT_KINDS.get(media, _KIND_UNKNOWN)
+
+
+def reply_kind(headers: Iterable[tuple[bytes, bytes]]) -> int:
+    """The kind of a reply from a server that is no dynwire, by its content type; any that is neither JSON nor msgpack is raw."""
+    for name, value in headers:
+        if name == b"content-type":
+            return max(_kind_of(value), KIND_RAW)
+    return KIND_RAW
 
 
 def _unsupported(content_type: bytes, from_browser: bool) -> HttpFault:
