@@ -1,7 +1,6 @@
-from collections.abc import Buffer
 from typing import Any, Final, Literal
 
-from typing_extensions import disjoint_base
+from typing_extensions import Buffer, disjoint_base
 
 KINDS: Final[tuple[str, ...]]
 

@@ -543,14 +543,6 @@ def _base64(data: bytes) -> bytes:
     return base64.urlsafe_b64encode(data).rstrip(b"=")
 
 
-def reply_kind(headers: Headers) -> int:
-    """Codec of a response that is no worker's (no items): a number of `dynwire.codec.KINDS`, raw for types that are not ours."""
-    for name, value in headers:
-        if name == b"content-type":
-            return max(_kind_of(value), KIND_RAW)
-    return KIND_RAW
-
-
 # Replies ---------------------------------------------------------------------------------------------------------------------
 
 _item_head = struct.Struct(">BI")
