@@ -7,7 +7,6 @@ KINDS: Final[tuple[str, ...]]
 class Http2ConnectionError(Exception):
     code: int
     text: str
-    def __init__(self, code: int, text: str) -> None: ...
 
 def error_name(code: int) -> str: ...
 
