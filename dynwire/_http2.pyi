@@ -1,4 +1,4 @@
-from typing import Any, Final, Literal
+from typing import Any, Final, Self
 
 from typing_extensions import Buffer, disjoint_base
 
@@ -7,7 +7,6 @@ KINDS: Final[tuple[str, ...]]
 class Http2ConnectionError(Exception):
     code: int
     text: str
-    def __init__(self, code: int, text: str) -> None: ...
 
 def error_name(code: int) -> str: ...
 
@@ -83,19 +82,11 @@ class Http2Engine:
 class Piece: ...
 
 @disjoint_base
-class NativeEngine(Http2Engine):
-    def __init__(self, owner: Http2Owner, is_client: bool, **limits: int) -> None: ...
+class NativeEngine(Http2Engine): ...
 
 @disjoint_base
 class Http2Connection(Http2Owner):
-    def __init__(
-        self,
-        role: Literal["client", "server"] | str,
-        *,
-        engine: Literal["native", "h2"] | str = "native",
-        auto_release: bool = True,
-        **limits: int,
-    ) -> None: ...
+    def __new__(cls, role: str, *, engine: str = "native", auto_release: bool = True, **limits: int) -> Self: ...
     def start(self, now: float = 0.0) -> None: ...
     def receive(self, data: Buffer, now: float = 0.0) -> list[tuple[Any, ...]]: ...
     def events_now(self) -> list[tuple[Any, ...]]: ...

@@ -50,6 +50,7 @@ from ._hpack import HpackError
 
 KINDS = ("request", "response", "informational", "trailers")
 cdef tuple _KINDS = KINDS
+cdef tuple _STATES = ("idle", "open", "half-closed (local)", "half-closed (remote)", "closed")
 
 
 class Http2ConnectionError(Exception):
@@ -228,8 +229,8 @@ cdef class Http2Engine:
         raise NotImplementedError
 
     cdef int gather(self, dw_chunk *chunks, size_t limit):
-        """Fill in what to write next (room for H2_CHUNKS chunks), with about ``limit`` bytes of payloads that are sent from their own
-        memory; returns the number of chunks. Memory stays put until `sent`."""
+        """Fill in what to write next (room for H2_CHUNKS chunks), with about ``limit`` bytes of payloads that are sent from their
+        own memory; returns the number of chunks. Memory stays put until `sent`."""
         raise NotImplementedError
 
     cdef int sent(self, size_t n) except -1:
@@ -2283,7 +2284,7 @@ cdef class Http2Connection(Http2Owner):
     def state(self, uint32_t sid):
         """Name of a stream's state (RFC 9113 section 5.1); ``"closed"`` for one that is not known (any more)."""
         cdef Http2Stream stream = self.find(sid)
-        return "closed" if stream is None else ("idle", "open", "half-closed (local)", "half-closed (remote)", "closed")[stream.state]
+        return "closed" if stream is None else _STATES[stream.state]
 
     def ledger(self):
         """Counters of flow control: ``send_window``, ``recv_window``, ``granted`` (bytes ever granted to the peer), ``received``
