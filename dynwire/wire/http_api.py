@@ -69,6 +69,7 @@ __all__ = [
     "ready_page",
     "refusal",
     "reply_encoder",
+    "reply_kind",
     "request_headers",
     "status_of",
 ]
@@ -715,6 +716,16 @@ def reply_encoder(shape: Shape, streaming: bool, kind: int = KIND_JSON) -> Reply
     if shape == "json" and streaming:
         return _JsonArray()
     return _MADE_ONCE[shape]
+
+
+def reply_kind(headers: Headers) -> int:
+    """Codec of a reply that is not in items: what a server that is no dynwire sends. Negative for types that no codec reads.
+
+    Without a content type it is bytes (RFC 9110 §8.3). A page for people is no reply: it comes from something in between.
+    """
+    content_type = dict(headers).get(b"content-type", b"").strip()
+    kind = _kind_of(content_type) if content_type else KIND_RAW
+    return kind if kind != _KIND_FORM else _KIND_UNKNOWN
 
 
 def refusal(shape: Shape, error: DynwireError, request_id: str = "") -> tuple[int, Headers, bytes]:

@@ -96,6 +96,8 @@ async def test_node_headers_trailers_and_pages(managers: Managers, node_server: 
                 await Direct(manager, address(server), f"f.w.{name}").call({"a": 1})
         with pytest.raises(dynwire.PeerLost, match="503.*out to lunch"):
             await Direct(manager, address(server), "f.w.page").call({})
+        with pytest.raises(dynwire.ProtocolError, match="please log in"):
+            await Direct(manager, address(server), "f.w.login").call({})
         assert await Direct(manager, address(server)).call("still") == "still"
 
 
