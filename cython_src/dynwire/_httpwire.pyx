@@ -1257,8 +1257,8 @@ cdef class HttpWire(Link):
         cdef object item
         if stream is None:
             return 0
-        if 200 <= ex.status < 300:
-            kind = http_api.reply_kind(ex.reply_headers)
+        kind = http_api.reply_kind(ex.reply_headers) if 200 <= ex.status < 300 else -1
+        if kind >= 0:
             item = self.body_of(ex, NULL, 0, kind)
             self.finish_call(ex)
             self.end_upload(ex)
