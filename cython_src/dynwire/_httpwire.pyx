@@ -1087,7 +1087,11 @@ cdef class HttpWire(Link):
     # ---- client ----------------------------------------------------------------------------------------------------------
 
     cdef bint may_request(self):
-        return self.engine.live < self.max_streams and self.live < self.max_streams and not self.engine.draining
+        if self.engine.live >= self.max_streams:
+            # A call ends with its last byte, its stream a moment later: nobody asks again then unless the engine says so.
+            self.engine.wants_capacity = True
+            return False
+        return self.live < self.max_streams and not self.engine.draining
 
     cdef list prefix_of(self, str endpoint):
         cdef list fields = self.prefixes.get(endpoint)

@@ -44,7 +44,7 @@ server.on('stream', (stream, headers) => {
     stream.close(NGHTTP2_REFUSED_STREAM);
     return;
   }
-  if (mode === 'goaway' && session.total === 3) {
+  if (mode === 'goaway' && session.number === 1 && session.total === 3) {
     // only the first two are answered; what comes later was not looked at, and the caller may send it elsewhere
     say('goaway');
     session.goaway(0, stream.id - 2);
@@ -88,7 +88,7 @@ server.on('stream', (stream, headers) => {
       }
       session.open -= 1;
       if (mode === 'fewer-streams' && session.total === 1) session.settings({ maxConcurrentStreams: 2 }, () => say('lowered'));
-      if (mode === 'close' && session.total === 2) session.close();
+      if (mode === 'close' && session.number === 1 && session.total === 2) session.close();
     };
     // a moment, so that requests overlap where the peer sends them at once
     mode === 'one-stream' || mode === 'fewer-streams' ? setTimeout(answer, 5) : answer();
