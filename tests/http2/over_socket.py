@@ -22,8 +22,8 @@ class SocketPeer(Peer):
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def fields(self, method: bytes = b"GET", *extra: f.Field) -> list[f.Field]:
-        """A POST goes to an endpoint, which a request's body keeps waiting; everything else to the list of endpoints."""
-        path = self.post_path if method == b"POST" and self.path == b"/" else self.path
+        """A POST goes to an endpoint, which a request's body keeps waiting; everything else to a page that is smaller than any window of a case."""
+        path = self.post_path if method == b"POST" else b"/live"
         return [(name, path if name == b":path" else value) for name, value in super().fields(method, *extra)]
 
     @property

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import dynwire
-from tests.faults.conftest import Managers
+from tests.faults.conftest import Managers, recovers
 from tests.plane.faces import PATIENCE_S, eventually
 
 from .conftest import Direct, StartForeign
@@ -115,7 +115,7 @@ async def test_node_not_processed(
             found = await asyncio.gather(*(client.call({"n": n}) for n in range(20)))
             assert found == numbers(20)
     said = server.said()
-    assert {"refuse-first": "refused", "goaway": "goaway", "close": "session 2"}[mode] in said, said
+    assert {"refuse-first": "refused", "goaway": "goaway", "close": "leaving"}[mode] in said, said
 
 
 # hypercorn -------------------------------------------------------------------------------------------------------------------
@@ -136,12 +136,22 @@ async def test_hypercorn(managers: Managers, start_foreign: StartForeign, free_p
 async def test_hypercorn_ends_connections(
     managers: Managers, start_foreign: StartForeign, free_port: int, tmp_path: Path, known_at: Callable[..., Any]
 ) -> None:
-    """Ten requests on a connection, then it says GOAWAY and closes: callers do not see it."""
+    """Ten requests on a connection, then its GOAWAY counts the eleventh as processed, which it never answers (0.18).
+
+    That one may have run, so it is not sent again but ends as `PeerLost` at once; the next call gets a new connection.
+    """
     module("hypercorn", "hypercorn")
     (tmp_path / "hypercorn.toml").write_text(f'bind = "127.0.0.1:{free_port}"\nkeep_alive_max_requests = 10\n')
     command = [sys.executable, "-m", "hypercorn", "--config", str(tmp_path / "hypercorn.toml"), "asgi:app"]
     server = start_foreign(command, free_port, HERE)
     async with managers(request_plane="http", codec="json") as manager, known_at(manager, "f.w.echo", address(server)) as client:
         async with asyncio.timeout(PATIENCE_S):
+            lost = []
             for n in range(45):
-                assert await client.call({"n": n}) == {"n": n}
+                try:
+                    assert await client.call({"n": n}) == {"n": n}
+                except dynwire.PeerLost as error:
+                    assert error.sent == "maybe", error
+                    lost.append(n)
+                    await recovers(client)
+    assert 3 <= len(lost) <= 5, lost
