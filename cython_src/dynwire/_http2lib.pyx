@@ -97,7 +97,6 @@ cdef class LibraryEngine(Http2Engine):
     cdef uint32_t next_id            # client
     cdef uint32_t last_inbound       # highest stream of the peer that the owner was told about
     cdef uint32_t ignore_above       # server: after the final GOAWAY
-    cdef bint refused                # open_stream returned None
     cdef bint flushing
     cdef int64_t unannounced         # connection: bytes consumed and not yet granted
     cdef uint64_t flow_received      # bytes of DATA frames
@@ -323,8 +322,8 @@ cdef class LibraryEngine(Http2Engine):
         return min(self.announced.get(int(SettingCodes.MAX_CONCURRENT_STREAMS), MAX_ID), MAX_ID)
 
     cdef int capacity(self) except -1:
-        if self.refused and not self.draining and not self.exhausted and self.live < self.stream_limit():
-            self.refused = False
+        if self.wants_capacity and not self.draining and not self.exhausted and self.live < self.stream_limit():
+            self.wants_capacity = False
             self.owner.on_capacity()
         return 0
 
@@ -333,7 +332,7 @@ cdef class LibraryEngine(Http2Engine):
         if self.next_id >= LAST_CLIENT_ID:
             self.exhausted = True
         if self.dead or self.draining or self.exhausted or self.live >= self.stream_limit():
-            self.refused = True
+            self.wants_capacity = True
             return None
         s = Http2Stream.__new__(Http2Stream)
         s.id = self.next_id

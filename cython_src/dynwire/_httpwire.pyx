@@ -525,7 +525,8 @@ cdef class HttpWire(Link):
         cdef Exchange ex = h2.data
         cdef StreamBase stream
         if ex is None:
-            return 0
+            # malformed: no handler was started, so nothing else gives the place among the streams back
+            return 0 if self.is_client else self.engine.release(h2)
         stream = ex.stream
         if self.is_client or stream is None:
             return 0
@@ -1138,7 +1139,11 @@ cdef class HttpWire(Link):
     # ---- client ----------------------------------------------------------------------------------------------------------
 
     cdef bint may_request(self):
-        return self.engine.live < self.max_streams and self.live < self.max_streams and not self.engine.draining
+        if self.engine.live >= self.max_streams:
+            # A call ends with its last byte, its stream a moment later: nobody asks again then unless the engine says so.
+            self.engine.wants_capacity = True
+            return False
+        return self.live < self.max_streams and not self.engine.draining
 
     cdef list prefix_of(self, str endpoint):
         cdef list fields = self.prefixes.get(endpoint)
