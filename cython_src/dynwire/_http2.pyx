@@ -50,6 +50,7 @@ from ._hpack import HpackError
 
 KINDS = ("request", "response", "informational", "trailers")
 cdef tuple _KINDS = KINDS
+cdef tuple _STATES = ("idle", "open", "half-closed (local)", "half-closed (remote)", "closed")
 
 
 class Http2ConnectionError(Exception):
@@ -228,8 +229,8 @@ cdef class Http2Engine:
         raise NotImplementedError
 
     cdef int gather(self, dw_chunk *chunks, size_t limit):
-        """Fill in what to write next (room for H2_CHUNKS chunks), with about ``limit`` bytes of payloads that are sent from their own
-        memory; returns the number of chunks. Memory stays put until `sent`."""
+        """Fill in what to write next (room for H2_CHUNKS chunks), with about ``limit`` bytes of payloads that are sent from their
+        own memory; returns the number of chunks. Memory stays put until `sent`."""
         raise NotImplementedError
 
     cdef int sent(self, size_t n) except -1:
@@ -884,8 +885,16 @@ cdef class NativeEngine(Http2Engine):
         s.recv_window = self.local_initial
         s.expected = -1
         self.streams[sid] = s
+        s.counted = True
         self.live += 1
         return s
+
+    cdef int _uncount(self, Http2Stream s) except -1:
+        """The stream does not count any more. The owner may release it while it is being told of the end, so this comes twice."""
+        if s.counted:
+            s.counted = False
+            self.live -= 1
+        return 0
 
     cdef int _close(self, Http2Stream s, int reason) except -1:
         """The stream is over. The caller has told of a reset before."""
@@ -906,7 +915,7 @@ cdef class NativeEngine(Http2Engine):
             self.skip_left = self.data_left + self.pad_left
             self._give_back(None, self.data_left)
         if self.is_client or s.bits & SB_RELEASED:
-            self.live -= 1
+            self._uncount(s)
         s.trailers = None
         self.owner.on_closed(s)
         if self.wants_capacity and self.live < self.peer_max_streams:
@@ -1886,7 +1895,7 @@ cdef class NativeEngine(Http2Engine):
         if not s.bits & SB_RELEASED:
             s.bits |= SB_RELEASED
             if s.state == ST_CLOSED and not self.is_client:
-                self.live -= 1
+                self._uncount(s)
         return 0
 
     cdef int ping(self, uint64_t payload) except -1:
@@ -2025,11 +2034,14 @@ cdef class NativeEngine(Http2Engine):
     # ---- for tests and diagnostics -------------------------------------------------------------------------------------
 
     cdef list take_streams(self):
+        cdef list out = Http2Engine.take_streams(self)
+        cdef Http2Stream s
         self.ring.clear()
         self.roomless.clear()
         self.hot = self.data_stream = None
-        self.live = 0
-        return Http2Engine.take_streams(self)
+        for s in out:
+            self._uncount(s)
+        return out
 
     cdef dict peer_settings(self):
         return dict(self.peer_values)
@@ -2101,6 +2113,8 @@ cdef class Http2Connection(Http2Owner):
 
     cdef int on_reset(self, Http2Stream stream, uint32_t code, bint remote) except -1:
         self.events.append(("reset", stream.id, code, remote))
+        if self.auto_release:
+            self.engine.release(stream)  # as an owner whose handler stops at once
         return 0
 
     cdef int on_room(self, Http2Stream stream) except -1:
@@ -2270,7 +2284,7 @@ cdef class Http2Connection(Http2Owner):
     def state(self, uint32_t sid):
         """Name of a stream's state (RFC 9113 section 5.1); ``"closed"`` for one that is not known (any more)."""
         cdef Http2Stream stream = self.find(sid)
-        return "closed" if stream is None else ("idle", "open", "half-closed (local)", "half-closed (remote)", "closed")[stream.state]
+        return "closed" if stream is None else _STATES[stream.state]
 
     def ledger(self):
         """Counters of flow control: ``send_window``, ``recv_window``, ``granted`` (bytes ever granted to the peer), ``received``

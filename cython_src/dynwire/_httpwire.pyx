@@ -1056,6 +1056,8 @@ cdef class HttpWire(Link):
             return self.reply_data(ex, p, n, None, last)
         if ex.encoder is None:
             ex.encoder = http_api.reply_encoder(_SHAPE_NAMES[ex.shape], not last, kind)
+        if ex.shape == SH_RAW and ex.begun:
+            return self.reply_data(ex, p, n, None, last)  # the items' bytes one after the other, as its encoder has it
         data = ex.encoder.item(PyBytes_FromStringAndSize(<char *>p, n), kind, last)
         if not ex.begun:
             self.reply_head(ex, [_STATUS_OK, *ex.encoder.head(), (_ID, self.id_of(ex))], False)
@@ -1257,8 +1259,8 @@ cdef class HttpWire(Link):
         cdef object item
         if stream is None:
             return 0
-        if 200 <= ex.status < 300:
-            kind = http_api.reply_kind(ex.reply_headers)
+        kind = http_api.reply_kind(ex.reply_headers) if 200 <= ex.status < 300 else -1
+        if kind >= 0:
             item = self.body_of(ex, NULL, 0, kind)
             self.finish_call(ex)
             self.end_upload(ex)

@@ -726,6 +726,16 @@ def reply_encoder(shape: Shape, streaming: bool, kind: int = KIND_JSON) -> Reply
     return _MADE_ONCE[shape]
 
 
+def reply_kind(headers: Headers) -> int:
+    """Codec of a reply that is not in items: what a server that is no dynwire sends. Negative for types that no codec reads.
+
+    Without a content type it is bytes (RFC 9110 §8.3). A page for people is no reply: it comes from something in between.
+    """
+    content_type = dict(headers).get(b"content-type", b"").strip()
+    kind = _kind_of(content_type) if content_type else KIND_RAW
+    return kind if kind != _KIND_FORM else _KIND_UNKNOWN
+
+
 def refusal(shape: Shape, error: DynwireError, request_id: str = "") -> tuple[int, Headers, bytes]:
     """Status, headers and body for an error before the head was sent: a problem, or an item for dynwire's own client."""
     status, headers, body = problem(error, request_id)

@@ -686,7 +686,7 @@ def _(step: Step) -> bool:
         step.frame.type == f.CONTINUATION
         and not step.in_block
         and step.native.error == f.PROTOCOL_ERROR
-        and step.h2.error in (f.PROTOCOL_ERROR, f.STREAM_CLOSED)
+        and (step.h2.error in (f.PROTOCOL_ERROR, f.STREAM_CLOSED) or step.h2.resets == {(step.frame.stream, f.STREAM_CLOSED)})
     )
 
 
@@ -695,6 +695,14 @@ def _(step: Step) -> bool:
     return f.STREAM_CLOSED in (step.native.error, step.native_reset) and step.h2.text.startswith(
         "Invalid input StreamInputs.RECV_INFORMATIONAL_HEADERS"
     )
+
+
+@intended("padding of HEADERS is compared with what the priority fields leave here, with the whole payload in h2")
+def _(step: Step) -> bool:
+    frame = step.frame
+    if frame.type != f.HEADERS or not (frame.flags & f.PADDED and frame.flags & f.PRIORITY_FLAG) or len(frame.payload) < 6:
+        return False
+    return step.native.error == f.PROTOCOL_ERROR and len(frame.payload) - 6 < frame.payload[0] < len(frame.payload)
 
 
 def faults(frame: f.Frame, in_block: bool) -> set[int]:

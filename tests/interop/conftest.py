@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import pytest
 
-from tests.faults.conftest import DirectClient, StartWorker, face, loop_factory, managers, start_worker  # noqa: F401
-from tests.plane.faces import Manager
+from tests.faults.conftest import DirectClient, StartWorker, face, known_as, loop_factory, managers, start_worker  # noqa: F401
+from tests.plane.faces import Client, Manager
 
 from . import programs
 from .programs import HERE, Foreign
@@ -60,3 +60,15 @@ def node_server(start_foreign: StartForeign, free_port: int) -> Callable[[str], 
     """``node_server("refuse-first")``: the server of server.mjs with that behaviour."""
     node = programs.program("node")
     return lambda mode: start_foreign([node, str(HERE / "server.mjs"), mode, str(free_port)], free_port)
+
+
+@pytest.fixture
+def known_at(discovery_dir: Path) -> Callable[[Manager, str, str], AbstractAsyncContextManager[Client]]:
+    """``async with known_at(manager, endpoint, address) as client``: one that tries again as users' clients do."""
+
+    @asynccontextmanager
+    async def enter(manager: Manager, endpoint: str, address: str) -> AsyncIterator[Client]:
+        async with known_as(manager, endpoint, address, discovery_dir, plane="http") as client:
+            yield client
+
+    return enter

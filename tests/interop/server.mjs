@@ -76,6 +76,9 @@ server.on('stream', (stream, headers) => {
       } else if (path.endsWith('/headers')) {
         stream.respond({ ':status': 200, 'content-type': 'application/json' });
         stream.end(JSON.stringify(headers));
+      } else if (path.endsWith('/login')) {
+        stream.respond({ ':status': 200, 'content-type': 'text/html' });
+        stream.end('<p>please log in');
       } else if (path.endsWith('/page')) {
         stream.respond({ ':status': 503, 'content-type': 'text/html' });
         stream.end('<html><head><title>x</title></head><body><h1>out to lunch</h1></body></html>');

@@ -1,4 +1,4 @@
-"""Attacks (HTTP2.md section 3): each ends with the right code, soon, and within bounded memory. And what must not be taken for one."""
+"""Attacks: each ends with the right code, soon, and within bounded memory. And what must not be taken for one."""
 
 from __future__ import annotations
 

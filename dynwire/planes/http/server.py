@@ -6,8 +6,8 @@ import inspect
 import socket
 from typing import Any
 
-from ... import __version__
 from ..._httpio import HttpServerConnection
+from ..._version import __version__
 from ...config import Config
 from ...wire import http_api
 from ..sockets.server import AsyncSocketServer
