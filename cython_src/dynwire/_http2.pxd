@@ -100,6 +100,8 @@ cdef class Http2Engine:
     cdef readonly uint32_t settings_entries
     cdef readonly uint32_t control_backlog
     cdef readonly int64_t tiny_data
+    cdef readonly double handshake_s
+    cdef readonly double stall_s
     cdef dw_bucket resets                # streams reset by the peer, or by us because of what the peer did
     cdef dw_bucket glitches              # what costs us little but has no use
     cdef dw_bucket empty                 # DATA frames with nothing in them

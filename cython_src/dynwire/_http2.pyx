@@ -132,13 +132,14 @@ cdef class Http2Engine:
     """One HTTP/2 connection without I/O. Abstract.
 
     Limits are keyword arguments; the consequences of each are those of HTTP2.md section 3. ``resets`` and ``glitches`` are
-    the bursts of two token buckets, of which 33 and 330 of 1,000 and 10,000 come back every second.
+    the bursts of two token buckets, of which 33 and 330 of 1,000 and 10,000 come back every second. ``handshake_s``: seconds to
+    the preface, and to the acknowledgement of SETTINGS; ``stall_s``: without progress of a queue.
     """
 
     def __init__(self, Http2Owner owner not None, bint is_client, *, max_frame_size=1048576, max_concurrent_streams=1000,
                  stream_window=1048576, connection_window=4194304, max_header_list=65536, max_header_fields=100,
                  continuation_frames=8, settings_entries=32, control_backlog=1000, empty_data=100, resets=1000, glitches=10000,
-                 tiny_data=67108864):
+                 tiny_data=67108864, double handshake_s=10.0, double stall_s=30.0):
         if not 16384 <= max_frame_size <= 16777215:
             raise ValueError(f"max_frame_size={max_frame_size}: RFC 9113 allows 16384 to 16777215")
         if not 0 < stream_window <= 0x7FFFFFFF:
@@ -157,6 +158,8 @@ cdef class Http2Engine:
         self.settings_entries = settings_entries
         self.control_backlog = control_backlog
         self.tiny_data = tiny_data
+        self.handshake_s = handshake_s
+        self.stall_s = stall_s
         self.streams = {}
         dw_bucket_init(&self.resets, resets, resets * 0.033)
         dw_bucket_init(&self.glitches, glitches, glitches * 0.033)
@@ -242,7 +245,7 @@ cdef class Http2Engine:
         raise NotImplementedError
 
     cdef int on_time(self, double now) except -1:
-        """Deadlines: 10 s to the preface and the acknowledgement of SETTINGS, 30 s without progress of a queue (RST CANCEL)."""
+        """Deadlines: ``handshake_s`` and ``stall_s`` (RST CANCEL)."""
         raise NotImplementedError
 
     cdef list take_streams(self):
@@ -308,9 +311,6 @@ cdef enum:
     QUEUED_TOTAL = 16777216      # queued bytes of all streams from which each may have 16 KiB only
 
 cdef int64_t MAX_WINDOW = 0x7FFFFFFF
-cdef double PREFACE_S = 10.0
-cdef double SETTINGS_S = 10.0
-cdef double STALL_S = 30.0
 cdef uint32_t CLIENT_IDS_END = 1 << 30   # a client replaces the connection well before its ids are used up
 
 cdef uint32_t E_NO_ERROR = ErrorCodes.NO_ERROR
@@ -1743,7 +1743,7 @@ cdef class NativeEngine(Http2Engine):
             piece.size += n
         if s.queued == 0:
             s.progress = self.now
-            self.stall_at = min(self.stall_at, self.now + STALL_S)
+            self.stall_at = min(self.stall_at, self.now + self.stall_s)
         s.queued += n
         self.queued_total += n
         if s.send_window > 0:
@@ -1996,9 +1996,9 @@ cdef class NativeEngine(Http2Engine):
         if self.dead:
             return when
         if not self.ready:
-            when = self.started_at + PREFACE_S
+            when = self.started_at + self.handshake_s
         if self.settings_sent:
-            when = min(when, <double>self.settings_sent[0][0] + SETTINGS_S)
+            when = min(when, <double>self.settings_sent[0][0] + self.handshake_s)
         if self.queued_total:
             when = min(when, self.stall_at)
         return when
@@ -2008,11 +2008,11 @@ cdef class NativeEngine(Http2Engine):
         self.now = now
         if self.dead:
             return 0
-        if not self.ready and now >= self.started_at + PREFACE_S:
+        if not self.ready and now >= self.started_at + self.handshake_s:
             self.fail(E_PROTOCOL if self.preface_at < _PREFACE_SIZE else E_SETTINGS_TIMEOUT,
-                      f"no {'SETTINGS' if self.preface_at == _PREFACE_SIZE else 'preface'} within {PREFACE_S:.0f} s")
-        if self.settings_sent and now >= <double>self.settings_sent[0][0] + SETTINGS_S:
-            self.fail(E_SETTINGS_TIMEOUT, f"SETTINGS were not acknowledged within {SETTINGS_S:.0f} s")
+                      f"no {'SETTINGS' if self.preface_at == _PREFACE_SIZE else 'preface'} within {self.handshake_s:g} s")
+        if self.settings_sent and now >= <double>self.settings_sent[0][0] + self.handshake_s:
+            self.fail(E_SETTINGS_TIMEOUT, f"SETTINGS were not acknowledged within {self.handshake_s:g} s")
         if now < self.stall_at:
             return 0
         self.stall_at = INFINITY
@@ -2021,14 +2021,14 @@ cdef class NativeEngine(Http2Engine):
         for s in list(self.streams.values()):
             if not s.queued:
                 continue
-            if now >= s.progress + STALL_S:
+            if now >= s.progress + self.stall_s:
                 self._put_own_rst(s.id, E_CANCEL)
                 self.owner.on_output()
                 s.state = ST_CLOSED
                 self.owner.on_reset(s, E_CANCEL, False)
                 self._close(s, X_RESET_BY_US)
             else:
-                self.stall_at = min(self.stall_at, s.progress + STALL_S)
+                self.stall_at = min(self.stall_at, s.progress + self.stall_s)
         return 0
 
     # ---- for tests and diagnostics -------------------------------------------------------------------------------------

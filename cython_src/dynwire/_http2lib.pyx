@@ -78,9 +78,6 @@ cdef enum:                       # Http2Stream.bits
     B_NO_BODY = 16               # (server) answer to HEAD, or a status without content
     B_ANSWERED = 32              # (server) the final status is sent
 
-cdef double _PREFACE_S = 10.0
-cdef double _ACK_S = 10.0
-cdef double _STALL_S = 30.0
 # SETTINGS_NO_RFC7540_PRIORITIES (RFC 9218 section 2.1); h2 has no name for it
 cdef int _NO_PRIORITIES = 9
 
@@ -376,8 +373,8 @@ cdef class LibraryEngine(Http2Engine):
 
     cdef int start(self, double now) except -1:
         self.now = now
-        self.preface_at = now + _PREFACE_S
-        self.ack_at = now + _ACK_S
+        self.preface_at = now + self.handshake_s
+        self.ack_at = now + self.handshake_s
         self.conn.initiate_connection()
         if self.stream_window < 65535:
             # the peer counts on 65,535 until it has read our SETTINGS (RFC 9113 section 6.9.2); h2 has no way to say so
@@ -558,7 +555,7 @@ cdef class LibraryEngine(Http2Engine):
             self.stream_window = stream
             self.conn.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: stream})
             if self.ack_at == INFINITY:
-                self.ack_at = self.now + _ACK_S
+                self.ack_at = self.now + self.handshake_s
         if connection > <uint64_t>self.connection_window and connection <= MAX_ID:
             self.conn.increment_flow_control_window(connection - self.connection_window)
             self.connection_window = connection
@@ -625,7 +622,7 @@ cdef class LibraryEngine(Http2Engine):
             return INFINITY
         for s in self.streams.values():
             if s.queued:
-                at = min(at, s.progress + _STALL_S)
+                at = min(at, s.progress + self.stall_s)
         return at
 
     cdef int on_time(self, double now) except -1:
@@ -635,10 +632,10 @@ cdef class LibraryEngine(Http2Engine):
             return 0
         if now >= self.preface_at:
             self.fail(ErrorCodes.PROTOCOL_ERROR if self.is_client else ErrorCodes.SETTINGS_TIMEOUT,
-                      f"no HTTP/2 preface within {_PREFACE_S:g} s")
+                      f"no HTTP/2 preface within {self.handshake_s:g} s")
         if now >= self.ack_at:
-            self.fail(ErrorCodes.SETTINGS_TIMEOUT, f"SETTINGS not acknowledged within {_ACK_S:g} s")
-        for s in [s for s in self.streams.values() if s.queued and now >= s.progress + _STALL_S]:
+            self.fail(ErrorCodes.SETTINGS_TIMEOUT, f"SETTINGS not acknowledged within {self.handshake_s:g} s")
+        for s in [s for s in self.streams.values() if s.queued and now >= s.progress + self.stall_s]:
             self.drop_queue(s)
             self.conn.reset_stream(s.id, error_code=ErrorCodes.CANCEL)
             self.owner.on_reset(s, ErrorCodes.CANCEL, False)

@@ -71,6 +71,8 @@ cdef class HttpWire(Link):
     cdef size_t h1_sent
     cdef Exchange h1_exchange
     cdef bint closing              # close when everything is written
+    cdef double head_at            # when the head of a request has to be there; infinity: none has begun
+    cdef double handshake_s, stall_s   # as for the engine
     cdef readonly size_t body_bytes    # of requests that have not been answered
     cdef bint in_h1_next
     cdef public dict fixed         # path -> (header list, body): pages that are the same for everybody

@@ -227,6 +227,9 @@ cdef class HttpWire(Link):
         self.engine_name = engine
         self.adaptive = adaptive
         self.limits = limits
+        self.head_at = INFINITY
+        self.handshake_s = limits.get("handshake_s", 10.0)
+        self.stall_s = limits.get("stall_s", 30.0)
         self.item_overhead = ITEM_HEADER
         self.prefixes = {}
         self.stops = []
@@ -403,6 +406,11 @@ cdef class HttpWire(Link):
                 self.h1_exchange = ex = Exchange.__new__(Exchange)
                 self.answer_fault(ex, http_api.HttpFault(status, HTTPStatus(status).phrase, text))
         self.h1_flush()
+        ex = self.h1_exchange
+        if self.h1.must_close or self.h1.idle or not (ex is None or ex.page is not None):
+            self.head_at = INFINITY  # a body for a handler has its own deadline
+        elif self.head_at == INFINITY:
+            self.head_at = self.now + self.handshake_s
         if not self.h1.wants_data and not self.h1.must_close:
             raise ProtocolError(
                 f"client {self.peer} sends on while its request has not been answered", peer=self.peer, offset=self.rx_bytes,
@@ -1521,12 +1529,17 @@ cdef class HttpWire(Link):
         return 0
 
     cdef double next_wakeup(self):
-        cdef double when = Link.next_wakeup(self)
+        cdef double when = min(Link.next_wakeup(self), self.head_at)
         return min(when, self.engine.next_wakeup()) if self.engine is not None else when
 
     cdef int time_passed(self, double now) except -1:
         self.now = now
         Link.time_passed(self, now)
+        if now >= self.head_at and not self.dead:
+            return self.broken(ProtocolError(
+                f"client {self.peer} did not complete its HTTP/1.1 request within {self.handshake_s:g} s", peer=self.peer,
+                offset=self.rx_bytes, sent="maybe",
+            ))  # fmt: skip
         if self.engine is not None and not self.dead:
             try:
                 self.engine.on_time(now)

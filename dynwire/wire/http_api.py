@@ -13,7 +13,7 @@ import binascii
 import functools
 import re
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 from urllib.parse import unquote
 
@@ -361,14 +361,6 @@ def _kind_of(content_type: bytes) -> int:
     if media.startswith(b"application/") and media.endswith(b"+json"):  # RFC 6839 §3.1
         return KIND_JSON
     return _CONTENT_KINDS.get(media, _KIND_UNKNOWN)
-
-
-def reply_kind(headers: Iterable[tuple[bytes, bytes]]) -> int:
-    """The kind of a reply from a server that is no dynwire, by its content type; any that is neither JSON nor msgpack is raw."""
-    for name, value in headers:
-        if name == b"content-type":
-            return max(_kind_of(value), KIND_RAW)
-    return KIND_RAW
 
 
 def _unsupported(content_type: bytes, from_browser: bool) -> HttpFault:
@@ -727,13 +719,14 @@ def reply_encoder(shape: Shape, streaming: bool, kind: int = KIND_JSON) -> Reply
 
 
 def reply_kind(headers: Headers) -> int:
-    """Codec of a reply that is not in items: what a server that is no dynwire sends. Negative for types that no codec reads.
+    """Codec of a reply that is not in items, from a server that is no dynwire; bytes for types that are not ours.
 
-    Without a content type it is bytes (RFC 9110 §8.3). A page for people is no reply: it comes from something in between.
+    Negative for a page for people: that is no reply, it comes from something in between.
     """
-    content_type = dict(headers).get(b"content-type", b"").strip()
-    kind = _kind_of(content_type) if content_type else KIND_RAW
-    return kind if kind != _KIND_FORM else _KIND_UNKNOWN
+    content_type = dict(headers).get(b"content-type", b"")
+    if content_type.partition(b";")[0].strip().lower() == b"text/html":
+        return _KIND_UNKNOWN
+    return max(_kind_of(content_type), KIND_RAW)
 
 
 def refusal(shape: Shape, error: DynwireError, request_id: str = "") -> tuple[int, Headers, bytes]:

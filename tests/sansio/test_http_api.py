@@ -970,6 +970,7 @@ def test_types_that_have_no_schema() -> None:
         (b"application/json; charset=utf-8", KIND_JSON),
         (b"application/hal+json", KIND_JSON),
         (b"Application/Vnd.MsgPack", KIND_MSGPACK),
+        (b"text/html; charset=utf-8", -1),
     ],
 )
 def test_the_kind_of_a_foreign_servers_reply(content_type: bytes | None, kind: int) -> None:
@@ -982,17 +983,3 @@ def test_the_kind_of_a_foreign_servers_reply(content_type: bytes | None, kind: i
 def test_headers_is_what_both_protocols_give() -> None:
     pairs: Headers = [(b":method", b"GET"), (b":path", b"/live")]
     assert parse_head(pairs, ROOT).page == "live"
-
-
-@pytest.mark.parametrize(
-    ("headers", "kind"),
-    [
-        ([], 0),
-        ([(b"content-type", b"text/html")], 0),
-        ([(b"content-type", b"application/octet-stream")], 0),
-        ([(b":status", b"200"), (b"content-type", b"application/json; charset=utf-8")], 2),
-        ([(b"content-type", b"application/msgpack")], 1),
-    ],
-)
-def test_codec_of_somebody_elses_reply(headers: list[tuple[bytes, bytes]], kind: int) -> None:
-    assert http_api.reply_kind(headers) == kind
