@@ -1061,6 +1061,8 @@ cdef class HttpWire(Link):
             elif ex.h2 is None:
                 self.h1_flush()
             return 0
+        if ex.shape == SH_RAW and ex.begun:  # the bytes are the item: nothing to encode
+            return self.reply_data(ex, p, n, None, last)
         if ex.encoder is None:
             ex.encoder = http_api.reply_encoder(_SHAPE_NAMES[ex.shape], not last, kind)
         if ex.shape == SH_RAW and ex.begun:
