@@ -342,7 +342,8 @@ cdef class HttpWire(Link):
 
     cdef int sniff(self) except -1:
         """(server) Which protocol are the first bytes?"""
-        head = PyBytes_FromStringAndSize(<char *>self.early_in.p, min(self.early_in.n, <size_t>64))
+        # A request line is told by its end, or by its length (http1.TARGET_LIMIT).
+        head = PyBytes_FromStringAndSize(<char *>self.early_in.p, min(self.early_in.n, <size_t>(8192 + 128)))
         if head[:4] == b"PRI ":
             return self.switch_to_h2()
         from .wire import http1  # and with it h11
@@ -394,7 +395,7 @@ cdef class HttpWire(Link):
                     self.request_began(ex, False)
                     if self.h1.expects_continue and not ex.ended:
                         self.h1.send_continue()
-            elif ex is None or ex.ended:
+            elif name != "error" and (ex is None or ex.ended):
                 continue  # of a request that has been answered already
             elif name == "data":
                 data = event[1]
@@ -402,6 +403,9 @@ cdef class HttpWire(Link):
             elif name == "end":
                 self.request_data(ex, NULL, 0, True)
             else:
+                if ex is not None and (ex.begun or ex.ended):
+                    self.h1.abort()
+                    continue
                 status, text = event[1], event[2]
                 self.h1_exchange = ex = Exchange.__new__(Exchange)
                 self.answer_fault(ex, http_api.HttpFault(status, HTTPStatus(status).phrase, text))
@@ -705,6 +709,8 @@ cdef class HttpWire(Link):
                         if self.token is None or hmac.compare_digest(authorization or b"", b"Bearer " + <bytes>self.token):
                             return ex
         head = http_api.parse_head(headers, self.root)
+        if ex.length < 0:  # names from HTTP/1.1 are not the objects that were compared above
+            ex.length = _digits(dict(headers).get(_LENGTH, b""))
         ex.is_head = head.method == "HEAD"
         ex.request_id = head.request_id or None
         if self.token is not None and head.page not in ("live", "ready"):
