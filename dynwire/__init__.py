@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
+
 if TYPE_CHECKING:
     from ._buffers import Payload
     from ._context import Context, current_context
@@ -39,8 +41,6 @@ if TYPE_CHECKING:
     from .replies import AsyncReplyStream, ReplyStream
     from .service import AsyncService, Service
     from .types import EndpointId, Instance, Timeouts
-
-__version__ = "0.1.0"
 
 _HOMES = {
     "_buffers": ("Payload",),

@@ -1,5 +1,6 @@
 import asyncio
 import socket
+import ssl
 from collections.abc import Callable, Iterator
 from contextvars import Context as ContextVars
 from typing import Any, Final, Self
@@ -18,6 +19,12 @@ from .types import Instance, Timeouts
 GOAWAY_ERRORS: Final[dict[int, type[DynwireError]]]
 
 def read_error_text(code: int) -> str: ...
+
+@disjoint_base
+class TlsLayer:
+    def __init__(self, context: ssl.SSLContext, server_side: bool, hostname: str | None, peer: str) -> None: ...
+    @property
+    def alpn(self) -> str | None: ...
 
 @disjoint_base
 class RequestOptions:
@@ -192,7 +199,6 @@ class BlockingItemStream:
     def close(self) -> None: ...
     def __del__(self) -> None: ...
 
-@disjoint_base
 class HttpServerConnection(AsyncServerConnection):
     def __new__(
         cls,

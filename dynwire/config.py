@@ -381,7 +381,7 @@ class HttpConfig(_Part):
         4194304, "DYNWIRE_HTTP2_CONNECTION_WINDOW", _bytes(65535, _U31), "the same per connection", unit="bytes"
     )
     tls_cert: str | None = setting(
-        None, "DYNWIRE_HTTP_TLS_CERT", Optional_(Text()), "PEM file of the server's certificate; with it the server speaks TLS only"
+        None, "DYNWIRE_HTTP_TLS_CERT", Optional_(Text()), "PEM file of the server's certificate; the server then speaks TLS only"
     )
     tls_key: str | None = setting(
         None, "DYNWIRE_HTTP_TLS_KEY", Optional_(Text()), "PEM file of its key", default_text="in the certificate's file"

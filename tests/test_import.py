@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import importlib.util
 import json
 import subprocess
 import sys
@@ -87,67 +85,3 @@ def test_everything_public_is_there() -> None:
         assert "nonsense" in str(error)
     else:
         raise AssertionError("an unknown name must be an AttributeError")
-
-
-LAYERS = [
-    {"errors", "types", "config", "observability"},
-    {"_buffers", "_context", "_frames", "_awaitable", "_tcpio", "calls", "codec", "wire"},
-    {"streams", "portal", "handlers", "migration"},
-    {"planes", "discovery", "routing", "event_plane"},
-    {"runtime", "client", "replies", "service", "endpoint", "manager", "kv_router"},
-    {"cli", "testing", "workers", "frontend", "mocker", "vllm", "__main__", ""},
-]
-LAYER = {name: number for number, names in enumerate(LAYERS) for name in names}
-
-
-def imports_of(file: Path) -> set[tuple[str, bool]]:
-    """``(first component below dynwire, whether at module level)`` of all imports that run; those for type checkers do not."""
-    parts = ["dynwire", *file.relative_to(PACKAGE).with_suffix("").parts]
-    package = parts if file.name == "__init__.py" else parts[:-1]
-    if file.name == "__init__.py":
-        package = parts[:-1]
-    found: set[tuple[str, bool]] = set()
-
-    def visit(node: ast.AST, top: bool) -> None:
-        for child in ast.iter_child_nodes(node):
-            if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
-                continue
-            names: list[str] = []
-            if isinstance(child, ast.Import):
-                names = [alias.name for alias in child.names]
-            elif isinstance(child, ast.ImportFrom):
-                base = importlib.util.resolve_name("." * child.level + (child.module or ""), ".".join(package))
-                names = [base] if child.module else [f"{base}.{alias.name}" for alias in child.names]
-            for name in names:
-                if name == "dynwire" or name.startswith("dynwire."):
-                    found.add((name.removeprefix("dynwire").removeprefix(".").split(".")[0], top))
-            visit(child, top and not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef))
-
-    visit(ast.parse(file.read_text()), True)
-    return found
-
-
-def test_imports_point_one_way() -> None:
-    wrong = []
-    for file in sorted(PACKAGE.rglob("*.py")):
-        parts = file.relative_to(PACKAGE).with_suffix("").parts
-        own = "" if parts == ("__init__",) else parts[0]
-        for name, _ in imports_of(file):
-            if name not in LAYER:
-                wrong.append(f"{'/'.join(parts)} imports {name}, which is in no layer")
-            elif own in LAYER and LAYER[name] > LAYER[own]:
-                wrong.append(f"{'/'.join(parts)} imports {name}")
-    assert wrong == []
-
-
-def test_only_the_manager_knows_concrete_planes() -> None:
-    concrete = {"tcp", "http", "nats", "memory", "portal_faces"}
-    for file in sorted(PACKAGE.rglob("*.py")):
-        parts = file.relative_to(PACKAGE).with_suffix("").parts
-        if parts[0] == "planes":
-            continue
-        tree = ast.parse(file.read_text())
-        for node in ast.walk(tree):
-            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("planes"):
-                named = {*(node.module or "").split(".")[1:], *(alias.name for alias in node.names)} & concrete
-                assert not named or parts == ("manager",), f"{'/'.join(parts)} imports {named}"

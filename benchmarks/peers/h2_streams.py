@@ -2,10 +2,11 @@
 
     python h2_streams.py PORT PATH OPEN SECONDS SERVER_PID[,PID...]
 
-Speaks HTTP/2 by hand over one blocking socket: opens ``OPEN`` POST requests whose body never comes, then sends batches of 32
-POST requests of 64 bytes and reads the replies until the time is over. Header blocks are literals without indexing, made once.
-At the end some of the open requests get their body and must be answered, so that nobody is flat by having closed them. Prints
-one JSON object: calls, seconds, cpu_server.
+Speaks HTTP/2 by hand over two blocking sockets. On one it opens ``OPEN`` POST requests whose body does not come. Then it sends
+batches of 32 POST requests of 64 bytes and reads the replies, in turn some on this and some on the other connection, so that
+whatever disturbs the machine disturbs both. Header blocks are literals without indexing, made once. At the end some of the open
+requests get their body and must be answered, so that nobody is flat by having closed them. Prints one JSON object: calls,
+seconds and cpu_server of the connection with open requests, and open_cost: its CPU per request by that of the other.
 """
 
 import json
@@ -18,7 +19,7 @@ import common
 
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, GOAWAY, WINDOW_UPDATE = 0, 1, 3, 4, 6, 7, 8
 END_STREAM, END_HEADERS, ACK = 1, 4, 1
-BATCH, BODY, WARM_UP = 32, b"x" * 64, 5
+BATCH, BODY, WARM_UP, TURN_S = 32, b"x" * 64, 5, 0.01
 MAX_WINDOW = (1 << 31) - 1
 
 
@@ -118,26 +119,44 @@ class Connection:
             self.read()
 
 
+class Side:
+    """One of the two connections and what it has cost."""
+
+    def __init__(self, port, path, count):
+        self.connection = Connection(port, path)
+        self.streams = self.connection.open(count)
+        self.calls, self.cpu, self.seconds = 0, 0.0, 0.0
+        for _ in range(WARM_UP):
+            self.connection.batch()
+        if self.connection.ended != WARM_UP * BATCH:
+            raise ConnectionError("requests without their body were answered")
+
+    def turn(self, pids):
+        cpu, started = sum(map(common.process_cpu_s, pids)), time.perf_counter()
+        while time.perf_counter() - started < TURN_S:
+            self.connection.batch()
+            self.calls += BATCH
+        self.seconds += time.perf_counter() - started
+        self.cpu += sum(map(common.process_cpu_s, pids)) - cpu
+
+    def finish(self):
+        wanted = self.connection.ended
+        for stream in self.streams[:: max(1, len(self.streams) // 16)]:
+            self.connection.socket.sendall(frame(DATA, END_STREAM, stream, BODY))
+            wanted += 1
+        while self.connection.ended < wanted:
+            self.connection.read()
+
+
 def main(port, path, count, seconds, pids):
-    connection = Connection(port, path)
-    streams = connection.open(count)
-    for _ in range(WARM_UP):
-        connection.batch()
-    if connection.ended != WARM_UP * BATCH:
-        raise ConnectionError("requests without their body were answered")
-    calls, cpu = 0, sum(map(common.process_cpu_s, pids))
+    without, held = Side(port, path, 0), Side(port, path, count)
     started = time.perf_counter()
-    while (passed := time.perf_counter() - started) < seconds:
-        connection.batch()
-        calls += BATCH
-    cpu = sum(map(common.process_cpu_s, pids)) - cpu
-    wanted = connection.ended
-    for stream in streams[:: max(1, count // 16)]:
-        connection.socket.sendall(frame(DATA, END_STREAM, stream, BODY))
-        wanted += 1
-    while connection.ended < wanted:
-        connection.read()
-    print(json.dumps({"calls": calls, "seconds": passed, "cpu_server": cpu}))
+    while time.perf_counter() - started < seconds:
+        without.turn(pids)
+        held.turn(pids)
+    held.finish()
+    cost = (held.cpu / held.calls) / (without.cpu / without.calls)
+    print(json.dumps({"calls": held.calls, "seconds": held.seconds, "cpu_server": held.cpu, "open_cost": cost}))
 
 
 if __name__ == "__main__":

@@ -18,15 +18,18 @@ function collect(stream, done) {
     if (first === null) first = chunk;
     else (more ??= [first]).push(chunk);
   });
-  stream.on('end', () => done(more !== null ? Buffer.concat(more) : first ?? Buffer.alloc(0)));
+  stream.on('end', () => {
+    if (!stream.destroyed && !stream.aborted) done(more !== null ? Buffer.concat(more) : first ?? Buffer.alloc(0));
+  });
 }
 
 function server() {
   const serving = http2.createServer({ settings: { maxConcurrentStreams: constants.MAX_HTTP_STREAMS } });
   const octets = { ':status': 200, 'content-type': 'application/octet-stream' };
   const json = { ':status': 200, 'content-type': 'application/json' };
+  serving.on('sessionError', () => {}); // h2_streams.py closes its connection with requests open
   serving.on('stream', (stream, headers) => {
-    stream.on('error', () => {}); // a reset by the load generator at its end
+    stream.on('error', () => {});
     const path = headers[':path'];
     if (path === ECHO_PATH) {
       collect(stream, (body) => {

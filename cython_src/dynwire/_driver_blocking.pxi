@@ -258,8 +258,8 @@ cdef class BlockingConnection(Machine):
         cdef int fd = self.fd
         cdef double spin_until
         if (
-            self.dead or self.writer_active or self.reader_active or self.live != 1 or not self.one_piece() or self.tls is not None
-            or self.next_wakeup() - now < SLICE_MS * 0.001
+            self.dead or self.tls is not None or self.writer_active or self.reader_active or self.live != 1
+            or not self.one_piece() or self.next_wakeup() - now < SLICE_MS * 0.001
         ):  # fmt: skip
             return 0
         if self.gather(chunks, 1048576) != 1:

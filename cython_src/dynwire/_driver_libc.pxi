@@ -192,7 +192,8 @@ cdef class TlsLayer:
         for i in range(n):
             done = 0
             while done < chunks[i].len:
-                done += <size_t>self.obj.write(PyMemoryView_FromMemory(<char *>chunks[i].base + done, chunks[i].len - done, PyBUF_READ))
+                rest = PyMemoryView_FromMemory(<char *>chunks[i].base + done, chunks[i].len - done, PyBUF_READ)
+                done += <size_t>self.obj.write(rest)
         return 0
 
     cdef ssize_t push(self, int fd) except -2:

@@ -618,10 +618,10 @@ cdef class HpackDecoder:
         return OK
 
     cdef int _keep(self, PyObject *pair, size_t size, size_t *total) noexcept:
-        """Count a field; add it to the block's unless that makes too much."""
+        """Count a field; add it to the block's unless that makes too much: then it is too much for all that follow, too."""
         cdef PyObject **fields
         total[0] += size
-        if self.overflow or total[0] > self.max_list or self.n_fields >= self.max_fields:
+        if total[0] > self.max_list or self.n_fields >= self.max_fields:
             self.overflow = 2 if total[0] > 4 * self.max_list else 1
             return OK
         if self.n_fields == self.fields_room:

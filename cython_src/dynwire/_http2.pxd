@@ -51,6 +51,7 @@ cdef class Http2Stream:
     cdef readonly uint32_t id
     cdef readonly uint8_t state
     cdef uint8_t bits            # SB_ of the engine
+    cdef bint counted            # in Http2Engine.live
     cdef int64_t send_window, recv_window
     cdef size_t queued           # bytes handed to send_data and not framed yet
     cdef public object data      # the owner's object for the stream
@@ -99,6 +100,8 @@ cdef class Http2Engine:
     cdef readonly uint32_t settings_entries
     cdef readonly uint32_t control_backlog
     cdef readonly int64_t tiny_data
+    cdef readonly double handshake_s
+    cdef readonly double stall_s
     cdef dw_bucket resets                # streams reset by the peer, or by us because of what the peer did
     cdef dw_bucket glitches              # what costs us little but has no use
     cdef dw_bucket empty                 # DATA frames with nothing in them
@@ -232,6 +235,7 @@ cdef class NativeEngine(Http2Engine):
     cdef int _stream_error(self, uint32_t sid, Http2Stream s, uint32_t code) except -1
     cdef Http2Stream _find(self, uint32_t sid)
     cdef Http2Stream _new_stream(self, uint32_t sid)
+    cdef int _uncount(self, Http2Stream s) except -1
     cdef int _close(self, Http2Stream s, int reason) except -1
     cdef int _remember(self, uint32_t sid, int reason) except -1
     cdef int _check_request(self, list headers) except -1

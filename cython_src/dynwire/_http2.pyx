@@ -50,6 +50,7 @@ from ._hpack import HpackError
 
 KINDS = ("request", "response", "informational", "trailers")
 cdef tuple _KINDS = KINDS
+cdef tuple _STATES = ("idle", "open", "half-closed (local)", "half-closed (remote)", "closed")
 
 
 class Http2ConnectionError(Exception):
@@ -131,13 +132,14 @@ cdef class Http2Engine:
     """One HTTP/2 connection without I/O. Abstract.
 
     Limits are keyword arguments; the consequences of each are those of HTTP2.md section 3. ``resets`` and ``glitches`` are
-    the bursts of two token buckets, of which 33 and 330 of 1,000 and 10,000 come back every second.
+    the bursts of two token buckets, of which 33 and 330 of 1,000 and 10,000 come back every second. ``handshake_s``: seconds to
+    the preface, and to the acknowledgement of SETTINGS; ``stall_s``: without progress of a queue.
     """
 
     def __init__(self, Http2Owner owner not None, bint is_client, *, max_frame_size=1048576, max_concurrent_streams=1000,
                  stream_window=1048576, connection_window=4194304, max_header_list=65536, max_header_fields=100,
                  continuation_frames=8, settings_entries=32, control_backlog=1000, empty_data=100, resets=1000, glitches=10000,
-                 tiny_data=67108864):
+                 tiny_data=67108864, double handshake_s=10.0, double stall_s=30.0):
         if not 16384 <= max_frame_size <= 16777215:
             raise ValueError(f"max_frame_size={max_frame_size}: RFC 9113 allows 16384 to 16777215")
         if not 0 < stream_window <= 0x7FFFFFFF:
@@ -156,6 +158,8 @@ cdef class Http2Engine:
         self.settings_entries = settings_entries
         self.control_backlog = control_backlog
         self.tiny_data = tiny_data
+        self.handshake_s = handshake_s
+        self.stall_s = stall_s
         self.streams = {}
         dw_bucket_init(&self.resets, resets, resets * 0.033)
         dw_bucket_init(&self.glitches, glitches, glitches * 0.033)
@@ -228,8 +232,8 @@ cdef class Http2Engine:
         raise NotImplementedError
 
     cdef int gather(self, dw_chunk *chunks, size_t limit):
-        """Fill in what to write next (room for H2_CHUNKS chunks), with about ``limit`` bytes of payloads that are sent from their own
-        memory; returns the number of chunks. Memory stays put until `sent`."""
+        """Fill in what to write next (room for H2_CHUNKS chunks), with about ``limit`` bytes of payloads that are sent from their
+        own memory; returns the number of chunks. Memory stays put until `sent`."""
         raise NotImplementedError
 
     cdef int sent(self, size_t n) except -1:
@@ -241,7 +245,7 @@ cdef class Http2Engine:
         raise NotImplementedError
 
     cdef int on_time(self, double now) except -1:
-        """Deadlines: 10 s to the preface and the acknowledgement of SETTINGS, 30 s without progress of a queue (RST CANCEL)."""
+        """Deadlines: ``handshake_s`` and ``stall_s`` (RST CANCEL)."""
         raise NotImplementedError
 
     cdef list take_streams(self):
@@ -307,9 +311,6 @@ cdef enum:
     QUEUED_TOTAL = 16777216      # queued bytes of all streams from which each may have 16 KiB only
 
 cdef int64_t MAX_WINDOW = 0x7FFFFFFF
-cdef double PREFACE_S = 10.0
-cdef double SETTINGS_S = 10.0
-cdef double STALL_S = 30.0
 cdef uint32_t CLIENT_IDS_END = 1 << 30   # a client replaces the connection well before its ids are used up
 
 cdef uint32_t E_NO_ERROR = ErrorCodes.NO_ERROR
@@ -884,8 +885,16 @@ cdef class NativeEngine(Http2Engine):
         s.recv_window = self.local_initial
         s.expected = -1
         self.streams[sid] = s
+        s.counted = True
         self.live += 1
         return s
+
+    cdef int _uncount(self, Http2Stream s) except -1:
+        """The stream does not count any more. The owner may release it while it is being told of the end, so this comes twice."""
+        if s.counted:
+            s.counted = False
+            self.live -= 1
+        return 0
 
     cdef int _close(self, Http2Stream s, int reason) except -1:
         """The stream is over. The caller has told of a reset before."""
@@ -906,7 +915,7 @@ cdef class NativeEngine(Http2Engine):
             self.skip_left = self.data_left + self.pad_left
             self._give_back(None, self.data_left)
         if self.is_client or s.bits & SB_RELEASED:
-            self.live -= 1
+            self._uncount(s)
         s.trailers = None
         self.owner.on_closed(s)
         if self.wants_capacity and self.live < self.peer_max_streams:
@@ -1064,8 +1073,8 @@ cdef class NativeEngine(Http2Engine):
         """RFC 9113 6.9."""
         cdef Http2Stream s
         cdef int situation
-        self._glitch("too_many_window_updates")
         if sid == 0:
+            self._glitch("too_many_window_updates")
             if increment == 0:
                 self.fail(E_PROTOCOL, "WINDOW_UPDATE of 0")
             if self.send_window + increment > MAX_WINDOW:
@@ -1078,6 +1087,7 @@ cdef class NativeEngine(Http2Engine):
         situation = <int>s.state if s is not None else self._situation(sid)
         if self._verdict(situation, I_WINDOW, sid, s):
             return 0
+        self._glitch("too_many_window_updates")
         if increment == 0:
             return self._stream_error(sid, s, E_PROTOCOL)
         if s.send_window + increment > MAX_WINDOW:
@@ -1594,7 +1604,6 @@ cdef class NativeEngine(Http2Engine):
             p[at + i * FRAME_HEAD + 3] = T_CONTINUATION if i else T_HEADERS
             p[at + i * FRAME_HEAD + 4] = flags
             dw_st32be(p + at + i * FRAME_HEAD + 5, sid)
-        self.credit += 4
         return 0
 
     cdef int send_headers(self, Http2Stream s, list headers, bint end) except -1:
@@ -1602,6 +1611,7 @@ cdef class NativeEngine(Http2Engine):
         cdef bytes status
         if s.state == ST_CLOSED or s.state == ST_HALF_LOCAL or s.bits & SB_END_QUEUED or self.dead:
             return 0
+        self.credit += 4
         if s.bits & SB_SENT_HEADERS:
             # trailers, which always end the stream
             if s.queued:
@@ -1733,7 +1743,7 @@ cdef class NativeEngine(Http2Engine):
             piece.size += n
         if s.queued == 0:
             s.progress = self.now
-            self.stall_at = min(self.stall_at, self.now + STALL_S)
+            self.stall_at = min(self.stall_at, self.now + self.stall_s)
         s.queued += n
         self.queued_total += n
         if s.send_window > 0:
@@ -1885,7 +1895,7 @@ cdef class NativeEngine(Http2Engine):
         if not s.bits & SB_RELEASED:
             s.bits |= SB_RELEASED
             if s.state == ST_CLOSED and not self.is_client:
-                self.live -= 1
+                self._uncount(s)
         return 0
 
     cdef int ping(self, uint64_t payload) except -1:
@@ -1986,9 +1996,9 @@ cdef class NativeEngine(Http2Engine):
         if self.dead:
             return when
         if not self.ready:
-            when = self.started_at + PREFACE_S
+            when = self.started_at + self.handshake_s
         if self.settings_sent:
-            when = min(when, <double>self.settings_sent[0][0] + SETTINGS_S)
+            when = min(when, <double>self.settings_sent[0][0] + self.handshake_s)
         if self.queued_total:
             when = min(when, self.stall_at)
         return when
@@ -1998,11 +2008,11 @@ cdef class NativeEngine(Http2Engine):
         self.now = now
         if self.dead:
             return 0
-        if not self.ready and now >= self.started_at + PREFACE_S:
+        if not self.ready and now >= self.started_at + self.handshake_s:
             self.fail(E_PROTOCOL if self.preface_at < _PREFACE_SIZE else E_SETTINGS_TIMEOUT,
-                      f"no {'SETTINGS' if self.preface_at == _PREFACE_SIZE else 'preface'} within {PREFACE_S:.0f} s")
-        if self.settings_sent and now >= <double>self.settings_sent[0][0] + SETTINGS_S:
-            self.fail(E_SETTINGS_TIMEOUT, f"SETTINGS were not acknowledged within {SETTINGS_S:.0f} s")
+                      f"no {'SETTINGS' if self.preface_at == _PREFACE_SIZE else 'preface'} within {self.handshake_s:g} s")
+        if self.settings_sent and now >= <double>self.settings_sent[0][0] + self.handshake_s:
+            self.fail(E_SETTINGS_TIMEOUT, f"SETTINGS were not acknowledged within {self.handshake_s:g} s")
         if now < self.stall_at:
             return 0
         self.stall_at = INFINITY
@@ -2011,24 +2021,27 @@ cdef class NativeEngine(Http2Engine):
         for s in list(self.streams.values()):
             if not s.queued:
                 continue
-            if now >= s.progress + STALL_S:
+            if now >= s.progress + self.stall_s:
                 self._put_own_rst(s.id, E_CANCEL)
                 self.owner.on_output()
                 s.state = ST_CLOSED
                 self.owner.on_reset(s, E_CANCEL, False)
                 self._close(s, X_RESET_BY_US)
             else:
-                self.stall_at = min(self.stall_at, s.progress + STALL_S)
+                self.stall_at = min(self.stall_at, s.progress + self.stall_s)
         return 0
 
     # ---- for tests and diagnostics -------------------------------------------------------------------------------------
 
     cdef list take_streams(self):
+        cdef list out = Http2Engine.take_streams(self)
+        cdef Http2Stream s
         self.ring.clear()
         self.roomless.clear()
         self.hot = self.data_stream = None
-        self.live = 0
-        return Http2Engine.take_streams(self)
+        for s in out:
+            self._uncount(s)
+        return out
 
     cdef dict peer_settings(self):
         return dict(self.peer_values)
@@ -2100,6 +2113,8 @@ cdef class Http2Connection(Http2Owner):
 
     cdef int on_reset(self, Http2Stream stream, uint32_t code, bint remote) except -1:
         self.events.append(("reset", stream.id, code, remote))
+        if self.auto_release:
+            self.engine.release(stream)  # as an owner whose handler stops at once
         return 0
 
     cdef int on_room(self, Http2Stream stream) except -1:
@@ -2269,7 +2284,7 @@ cdef class Http2Connection(Http2Owner):
     def state(self, uint32_t sid):
         """Name of a stream's state (RFC 9113 section 5.1); ``"closed"`` for one that is not known (any more)."""
         cdef Http2Stream stream = self.find(sid)
-        return "closed" if stream is None else ("idle", "open", "half-closed (local)", "half-closed (remote)", "closed")[stream.state]
+        return "closed" if stream is None else _STATES[stream.state]
 
     def ledger(self):
         """Counters of flow control: ``send_window``, ``recv_window``, ``granted`` (bytes ever granted to the peer), ``received``

@@ -11,7 +11,8 @@ Where h2 is not followed:
 * GOAWAY, in both directions, is handled here. h2 closes its state machine at the first one, which makes draining impossible.
 
 Differences to `NativeEngine`, besides those of error scope that tests/http2 lists: the limits against abuse are h2's own
-(HTTP2.md section 3: few), no 431 or 414 is sent, and data are copied always.
+(HTTP2.md section 3: few), no 431 or 414 is sent, and data are copied always. h2 4.4.1 ends the connection when an informational
+response arrives on a stream that was reset in the meantime.
 """
 
 import collections
@@ -64,6 +65,7 @@ cdef enum:
     INBOX = 65536                # bytes read at a time
     PREFACE_BYTES = 24
     HEADER_BYTES = 9
+    FRAME_DATA = 0
     FRAME_GOAWAY = 7
     DATA_CUT = 16384             # DATA frames are not longer than this, so that streams take turns
     MAX_ID = 0x7FFFFFFF
@@ -77,9 +79,6 @@ cdef enum:                       # Http2Stream.bits
     B_NO_BODY = 16               # (server) answer to HEAD, or a status without content
     B_ANSWERED = 32              # (server) the final status is sent
 
-cdef double _PREFACE_S = 10.0
-cdef double _ACK_S = 10.0
-cdef double _STALL_S = 30.0
 # SETTINGS_NO_RFC7540_PRIORITIES (RFC 9218 section 2.1); h2 has no name for it
 cdef int _NO_PRIORITIES = 9
 
@@ -88,7 +87,6 @@ cdef class LibraryEngine(Http2Engine):
     """One connection, run by ``h2.connection.H2Connection``."""
 
     cdef object conn
-    cdef dict streams                # id -> Http2Stream that the owner knows and that is not closed
     cdef object waiting              # ids with queued data, in the order of their turns
     cdef bytearray inbox             # between recv_target and received only
     cdef bytearray partial           # beginning of a frame
@@ -103,7 +101,7 @@ cdef class LibraryEngine(Http2Engine):
     cdef bint refused                # open_stream returned None
     cdef bint flushing
     cdef int64_t unannounced         # connection: bytes consumed and not yet granted
-    cdef uint64_t granted, flow_received
+    cdef uint64_t flow_received      # bytes of DATA frames
     cdef double preface_at, ack_at
 
     def __init__(self, owner, bint is_client, **limits):
@@ -128,8 +126,7 @@ cdef class LibraryEngine(Http2Engine):
             initial[SettingCodes.ENABLE_PUSH] = 0
         else:
             initial[SettingCodes.MAX_CONCURRENT_STREAMS] = self.max_concurrent_streams
-        # as of now and not from the acknowledgement on: the peer cannot use more than it was told, and smaller values than the
-        # defaults are not used here
+        # as of now and not from the acknowledgement on: the peer cannot use more than it was told; but see start()
         self.conn.local_settings = Settings(client=is_client, initial_values=initial)
         self.conn.max_inbound_frame_size = self.max_frame_size
         self.conn.decoder.max_header_list_size = self.max_header_list
@@ -183,6 +180,8 @@ cdef class LibraryEngine(Http2Engine):
             if <size_t>len(self.partial) == HEADER_BYTES + length:
                 frame = bytes(self.partial)
                 self.partial.clear()
+                if frame[3] == FRAME_DATA:
+                    self.flow_received += length
                 self.feed_frame(frame)
         return self.pump()
 
@@ -219,7 +218,6 @@ cdef class LibraryEngine(Http2Engine):
         cdef int64_t padding
         kind = type(event)
         if kind is DataReceived:
-            self.flow_received += event.flow_controlled_length
             s = self.streams.get(event.stream_id)
             if s is None:
                 return self.consumed(None, event.flow_controlled_length)
@@ -352,6 +350,15 @@ cdef class LibraryEngine(Http2Engine):
         self.streams[s.id] = s
         return s
 
+    cdef list take_streams(self):
+        cdef list out = Http2Engine.take_streams(self)
+        cdef Http2Stream s
+        for s in out:
+            s.bits |= B_GONE
+            self.uncount(s)
+        self.waiting.clear()
+        return out
+
     cdef int reset(self, Http2Stream s, uint32_t code) except -1:
         if self.dead or s.bits & B_GONE:
             return 0
@@ -371,12 +378,14 @@ cdef class LibraryEngine(Http2Engine):
 
     cdef int start(self, double now) except -1:
         self.now = now
-        self.preface_at = now + _PREFACE_S
-        self.ack_at = now + _ACK_S
+        self.preface_at = now + self.handshake_s
+        self.ack_at = now + self.handshake_s
         self.conn.initiate_connection()
+        if self.stream_window < 65535:
+            # the peer counts on 65,535 until it has read our SETTINGS (RFC 9113 section 6.9.2); h2 has no way to say so
+            self.conn.local_settings._settings[SettingCodes.INITIAL_WINDOW_SIZE] = collections.deque([65535, self.stream_window])
         if self.connection_window > 65535:
             self.conn.increment_flow_control_window(self.connection_window - 65535)
-        self.granted = self.connection_window
         return self.collect()
 
     cdef int collect(self) except -1:
@@ -532,7 +541,6 @@ cdef class LibraryEngine(Http2Engine):
         if self.unannounced * 2 >= self.connection_window:
             increment = self.unannounced
             self.unannounced = 0
-            self.granted += increment
             self.conn.increment_flow_control_window(increment)
         if s is not None and not s.bits & B_GONE and (s.state == ST_OPEN or s.state == ST_HALF_LOCAL):
             s.unannounced += n
@@ -552,10 +560,9 @@ cdef class LibraryEngine(Http2Engine):
             self.stream_window = stream
             self.conn.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: stream})
             if self.ack_at == INFINITY:
-                self.ack_at = self.now + _ACK_S
+                self.ack_at = self.now + self.handshake_s
         if connection > <uint64_t>self.connection_window and connection <= MAX_ID:
             self.conn.increment_flow_control_window(connection - self.connection_window)
-            self.granted += connection - self.connection_window
             self.connection_window = connection
         return self.collect()
 
@@ -620,7 +627,7 @@ cdef class LibraryEngine(Http2Engine):
             return INFINITY
         for s in self.streams.values():
             if s.queued:
-                at = min(at, s.progress + _STALL_S)
+                at = min(at, s.progress + self.stall_s)
         return at
 
     cdef int on_time(self, double now) except -1:
@@ -630,10 +637,10 @@ cdef class LibraryEngine(Http2Engine):
             return 0
         if now >= self.preface_at:
             self.fail(ErrorCodes.PROTOCOL_ERROR if self.is_client else ErrorCodes.SETTINGS_TIMEOUT,
-                      f"no HTTP/2 preface within {_PREFACE_S:g} s")
+                      f"no HTTP/2 preface within {self.handshake_s:g} s")
         if now >= self.ack_at:
-            self.fail(ErrorCodes.SETTINGS_TIMEOUT, f"SETTINGS not acknowledged within {_ACK_S:g} s")
-        for s in [s for s in self.streams.values() if s.queued and now >= s.progress + _STALL_S]:
+            self.fail(ErrorCodes.SETTINGS_TIMEOUT, f"SETTINGS not acknowledged within {self.handshake_s:g} s")
+        for s in [s for s in self.streams.values() if s.queued and now >= s.progress + self.stall_s]:
             self.drop_queue(s)
             self.conn.reset_stream(s.id, error_code=ErrorCodes.CANCEL)
             self.owner.on_reset(s, ErrorCodes.CANCEL, False)
@@ -658,7 +665,8 @@ cdef class LibraryEngine(Http2Engine):
         return {
             "send_window": self.conn.outbound_flow_control_window,
             "recv_window": self.conn.inbound_flow_control_window,
-            "granted": self.granted,
+            # h2 gives back by itself what comes on streams that have been reset, so only the sum is known
+            "granted": self.flow_received + self.conn.inbound_flow_control_window,
             "received": self.flow_received,
             "queued": sum(item["queued"] for item in streams.values()),
             "backlog": self.backlog(),

@@ -24,6 +24,7 @@ cdef class Exchange:
     cdef double accept_s
     cdef object meta               # headers for the handler's context, or None
     cdef object request_id         # str or None
+    cdef uint32_t seq
     cdef object page               # RequestHead of something that is no endpoint, or None
     cdef bint is_head              # HEAD
     # body of a request, or of a reply that is not in items
@@ -70,8 +71,12 @@ cdef class HttpWire(Link):
     cdef size_t h1_sent
     cdef Exchange h1_exchange
     cdef bint closing              # close when everything is written
+    cdef double head_at            # when the head of a request has to be there; infinity: none has begun
+    cdef double handshake_s, stall_s   # as for the engine
     cdef readonly size_t body_bytes    # of requests that have not been answered
     cdef bint in_h1_next
+    cdef public dict fixed         # path -> (header list, body): pages that are the same for everybody
+    cdef bytes id_prefix
     cdef public dict routes        # path -> endpoint, of usual requests; servers share one among their connections
     # client
     cdef dict prefixes             # endpoint -> constant header fields
@@ -117,6 +122,8 @@ cdef class HttpWire(Link):
     cdef int h2_goaway(self, uint32_t last_id, uint32_t code, bytes debug) except -1
     cdef int h2_capacity(self) except -1
     # server
+    cdef bint answer_fixed(self, Http2Stream h2, list headers) except -1
+    cdef bytes id_of(self, Exchange ex)
     cdef Exchange read_head(self, list headers)
     cdef int request_began(self, Exchange ex, bint end) except -1
     cdef int request_data(self, Exchange ex, const unsigned char *p, size_t n, bint end) except -1

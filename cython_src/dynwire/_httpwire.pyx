@@ -10,9 +10,9 @@ a body of `dynwire.wire.faults`), u32 big-endian length, payload. So a connectio
 included, as a direct one. The response's head says that the request has been accepted.
 
 Flow control: a reader's items are given back to the window when the application takes them. An item larger than the window
-can arrive only because its bytes are given back early, which happens while nothing else of the stream is unread: what a stream may
-hold is its window and one item. Requests are given back as they arrive, because a handler gets whole requests; the bytes held for
-them are bounded per connection, and one more is refused.
+can arrive only because its bytes are given back early, which happens while nothing else of the stream is unread: what a stream
+may hold is its window and one item. Requests are given back as they arrive, because a handler gets whole requests; the bytes
+held for them are bounded per connection, and one more is refused.
 """
 
 from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
@@ -25,21 +25,18 @@ from http import HTTPStatus
 
 import msgspec
 
-from ._buffers cimport Payload, default_pool, payload_copy, payload_of_block
+from ._buffers cimport default_pool, payload_copy, payload_of_block
 from ._bytes cimport dw_buf_free, dw_buf_reserve, dw_ld32be, dw_st32be
 from ._hpack cimport hpack_intern
 from ._http2 cimport K_INFORMATIONAL, K_TRAILERS, ST_CLOSED, ST_HALF_REMOTE
 from ._link cimport (
-    MAX_CHUNKS,
     S_ACCEPTED,
     S_ASSEMBLING,
     S_ENDED,
-    S_PENDING,
     S_QUEUED,
     S_SENDING,
     S_STOP_EARLY,
     S_WRITTEN,
-    size_of,
 )
 
 from h2.errors import ErrorCodes
@@ -48,8 +45,6 @@ from h2.settings import SettingCodes
 from ._frames import describe_foreign
 from ._http2 import Http2ConnectionError, NativeEngine, error_name
 from .errors import (
-    Cancelled,
-    DeadlineExceeded,
     DynwireError,
     MessageTooLarge,
     Overloaded,
@@ -61,6 +56,9 @@ from .errors import (
 from .wire import http_api
 from .wire.faults import error_from_body
 
+cdef extern from "Python.h":
+    bytes PyBytes_FromFormat(const char *format, ...)
+
 cdef enum:
     NO_ERROR = 0
     PROTOCOL_ERROR = 1
@@ -69,8 +67,12 @@ cdef enum:
     CANCEL = 8
     ENHANCE_YOUR_CALM = 11
 
-assert (ErrorCodes.NO_ERROR, ErrorCodes.PROTOCOL_ERROR, ErrorCodes.INTERNAL_ERROR, ErrorCodes.REFUSED_STREAM, ErrorCodes.CANCEL,
-        ErrorCodes.ENHANCE_YOUR_CALM) == (NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR, REFUSED_STREAM, CANCEL, ENHANCE_YOUR_CALM)  # fmt: skip
+assert [
+    ErrorCodes(code).name
+    for code in (NO_ERROR, PROTOCOL_ERROR, INTERNAL_ERROR, REFUSED_STREAM, CANCEL, ENHANCE_YOUR_CALM)
+] == [
+    "NO_ERROR", "PROTOCOL_ERROR", "INTERNAL_ERROR", "REFUSED_STREAM", "CANCEL", "ENHANCE_YOUR_CALM",
+]  # fmt: skip
 cdef object _MAX_STREAMS_SETTING = int(SettingCodes.MAX_CONCURRENT_STREAMS)
 
 cdef enum:
@@ -212,8 +214,8 @@ cdef uint64_t _PING_LEAVING = 0x64796e7769726503
 cdef class HttpWire(Link):
     """State machine of one connection of the http plane. See the module's docstring."""
 
-    def __init__(self, bint is_client, *, max_message=33554432, str root="/v1/rpc", str authority="", str scheme="http", token=None,
-                 str engine="native", bint adaptive=True, pages=None, **limits):
+    def __init__(self, bint is_client, *, max_message=33554432, str root="/v1/rpc", str authority="", str scheme="http",
+                 token=None, str engine="native", bint adaptive=True, pages=None, **limits):
         self.is_client = is_client
         self.max_message = max_message
         self.peer_max_message = max_message
@@ -225,6 +227,9 @@ cdef class HttpWire(Link):
         self.engine_name = engine
         self.adaptive = adaptive
         self.limits = limits
+        self.head_at = INFINITY
+        self.handshake_s = limits.get("handshake_s", 10.0)
+        self.stall_s = limits.get("stall_s", 30.0)
         self.item_overhead = ITEM_HEADER
         self.prefixes = {}
         self.stops = []
@@ -294,7 +299,6 @@ cdef class HttpWire(Link):
         return 1
 
     cdef int received(self, size_t n, double now) except -1:
-        cdef unsigned char *base
         self.rx_bytes += n
         self.now = now
         self.last_rx = now
@@ -331,8 +335,8 @@ cdef class HttpWire(Link):
             return 0
         theirs = describe_foreign(head)
         raise PlaneMismatch(
-            f"{self.peer} speaks {theirs}, but this is the dynwire http plane, which needs HTTP/2 there: the worker is on another plane "
-            "(check DYN_REQUEST_PLANE on both sides), or a proxy before it does not speak HTTP/2 without TLS",
+            f"{self.peer} speaks {theirs}, but this is the dynwire http plane, which needs HTTP/2 there: the worker is on "
+            "another plane (check DYN_REQUEST_PLANE on both sides), or a proxy before it does not speak HTTP/2 without TLS",
             ours="http (HTTP/2)", theirs=theirs, peer=self.peer, details={"head": head.decode("latin-1")},
         )  # fmt: skip
 
@@ -402,6 +406,11 @@ cdef class HttpWire(Link):
                 self.h1_exchange = ex = Exchange.__new__(Exchange)
                 self.answer_fault(ex, http_api.HttpFault(status, HTTPStatus(status).phrase, text))
         self.h1_flush()
+        ex = self.h1_exchange
+        if self.h1.must_close or self.h1.idle or not (ex is None or ex.page is not None):
+            self.head_at = INFINITY  # a body for a handler has its own deadline
+        elif self.head_at == INFINITY:
+            self.head_at = self.now + self.handshake_s
         if not self.h1.wants_data and not self.h1.must_close:
             raise ProtocolError(
                 f"client {self.peer} sends on while its request has not been answered", peer=self.peer, offset=self.rx_bytes,
@@ -432,6 +441,8 @@ cdef class HttpWire(Link):
             if kind == K_TRAILERS:
                 if end:
                     return self.h2_data(h2, NULL, 0, True)
+                return 0
+            if end and self.fixed is not None and self.answer_fixed(h2, headers):
                 return 0
             ex = self.read_or_refuse(headers, h2)
             if ex is None:
@@ -485,16 +496,17 @@ cdef class HttpWire(Link):
             if stream.state & S_ASSEMBLING:
                 return self.request_done(stream)
             return stream.on_cancel(2)
-        who = "the peer" if remote else "this side"
         if code == REFUSED_STREAM:
             stream.state &= ~S_WRITTEN
             error = PeerLost(f"{self.peer} did not process the request (REFUSED_STREAM)", peer=self.peer, sent="no")
         elif not remote:
             error = ProtocolError(
-                f"{self.peer} broke HTTP/2 on this request's stream ({error_name(code)})", peer=self.peer, sent="maybe", phase="reply"
-            )
+                f"{self.peer} broke HTTP/2 on this request's stream ({error_name(code)})", peer=self.peer, sent="maybe",
+                phase="reply",
+            )  # fmt: skip
         elif code == ENHANCE_YOUR_CALM:
-            error = Overloaded(f"{self.peer} reset the stream (ENHANCE_YOUR_CALM)", depth=0, limit=0, peer=self.peer, sent="maybe")
+            text = f"{self.peer} reset the stream (ENHANCE_YOUR_CALM)"
+            error = Overloaded(text, depth=0, limit=0, peer=self.peer, sent="maybe")
         else:
             error = PeerLost(f"{self.peer} reset the stream ({error_name(code)})", peer=self.peer, sent="maybe")
         self.finish_call(ex)
@@ -549,7 +561,9 @@ cdef class HttpWire(Link):
             self.bdp_bandwidth = bandwidth
             if 3 * self.bdp_bytes >= 2 * self.bdp_estimate and self.bdp_estimate < _BDP_LIMIT:
                 self.bdp_estimate = min(max(2 * self.bdp_bytes, self.bdp_estimate), _BDP_LIMIT)
-                self.engine.set_windows(<uint32_t>self.bdp_estimate, max(self.bdp_estimate, <uint64_t>self.engine.connection_window))
+                self.engine.set_windows(
+                    <uint32_t>self.bdp_estimate, max(self.bdp_estimate, <uint64_t>self.engine.connection_window)
+                )
                 self.bdp_delay = max(self.bdp_delay / 2, 0.01)
                 self.bdp_stable = 0
                 self.bdp_next = self.now + self.bdp_delay
@@ -585,6 +599,30 @@ cdef class HttpWire(Link):
                 self.send_stops()
             self.on_slot_free()
         return 0
+
+    cdef bint answer_fixed(self, Http2Stream h2, list headers) except -1:
+        """Answer ``GET`` of a page that never changes, whatever the other headers say; False if it is something else."""
+        cdef object name
+        cdef object path = None
+        cdef tuple reply
+        cdef bytes body
+        for pair in headers:
+            name = (<tuple>pair)[0]
+            if name is _METHOD:
+                if (<tuple>pair)[1] != b"GET":
+                    return False
+            elif name is _PATH:
+                path = (<tuple>pair)[1]
+            elif path is not None:
+                break
+        reply = self.fixed.get(path)
+        if reply is None:
+            return False
+        body = reply[1]
+        self.engine.send_headers(h2, reply[0], False)
+        self.engine.send_data(h2, <const unsigned char *>PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body), None, True)
+        self.engine.release(h2)
+        return True
 
     # ---- server: requests ------------------------------------------------------------------------------------------------
 
@@ -632,6 +670,7 @@ cdef class HttpWire(Link):
             elif name is _TYPE:
                 content_type = value
             elif name is _ACCEPT:
+                usual = usual and accept is None
                 accept = value
             elif name is _LENGTH:
                 ex.length = _digits(value)
@@ -713,9 +752,9 @@ cdef class HttpWire(Link):
             self.put_slot(stream, self.live)
         self.seq += 1
         stream.seq = self.seq
-        if ex.request_id is None and ex.shape != SH_ITEMS:
-            ex.request_id = f"{self.connection_id.hex()}-{stream.seq:x}"
         stream.in_id = ex.request_id
+        if ex.request_id is None:
+            ex.seq = stream.seq  # the context makes the same id of it when somebody asks
         stream.reply_kind_ = 1 if ex.shape == SH_MSGPACK else 2 if ex.shape > SH_ITEMS else 0
         if end:
             return self.request_ended(ex, NULL, 0)
@@ -725,7 +764,8 @@ cdef class HttpWire(Link):
 
     cdef object too_large(self, int64_t size):
         return MessageTooLarge(
-            f"a request of {size} bytes exceeds the limit of {self.max_message} bytes (DYN_TCP_MAX_MESSAGE_SIZE on the worker's side)",
+            f"a request of {size} bytes exceeds the limit of {self.max_message} bytes (DYN_TCP_MAX_MESSAGE_SIZE on the worker's "
+            "side)",
             size=size, limit=self.max_message, setting="DYN_TCP_MAX_MESSAGE_SIZE", sent="no", phase="send",
         )  # fmt: skip
 
@@ -901,7 +941,7 @@ cdef class HttpWire(Link):
         if ex.ended:
             return 0
         if not ex.begun:
-            status, headers, data = http_api.refusal(_SHAPE_NAMES[ex.shape or SH_AUTO], error, ex.request_id or "")
+            status, headers, data = http_api.refusal(_SHAPE_NAMES[ex.shape or SH_AUTO], error, self.id_of(ex).decode())
             return self.answer(ex, status, headers, data)
         if ex.encoder is None:
             ex.encoder = http_api.reply_encoder("items", True)
@@ -986,30 +1026,47 @@ cdef class HttpWire(Link):
             stream.state |= S_SENDING
         return 0
 
+    cdef bytes id_of(self, Exchange ex):
+        """The request's id for a response: the caller's, or the one that its context makes of connection and number."""
+        if ex.request_id is not None:
+            return (<str>ex.request_id).encode("latin-1")
+        if self.id_prefix is None:
+            self.id_prefix = self.connection_id.hex().encode()
+        return PyBytes_FromFormat("%s-%x", PyBytes_AS_STRING(self.id_prefix), ex.seq)
+
     cdef int put_encoded(self, Exchange ex, const unsigned char *p, size_t n, int kind, bint last) except -1:
         """An item for somebody else's client."""
         cdef bytes data
+        cdef unsigned char *out
+        cdef size_t size
         cdef list fields
         if last and not ex.begun and not ex.is_head and (
             kind == 2 and ex.shape <= SH_JSON or kind == 2 and ex.shape == SH_AUTO or kind == 0 and ex.shape >= SH_RAW
         ):
-            fields = [_STATUS_OK, <tuple>_KIND_FIELDS[kind], (_LENGTH, str(n).encode())]
-            if ex.request_id is not None:
-                fields.append((_ID, (<str>ex.request_id).encode("latin-1")))
-            self.reply_head(ex, fields, n == 0)
-            if n:
+            size = n + 1 if kind else n  # a document ends with a line end, for people with a shell
+            fields = [_STATUS_OK, <tuple>_KIND_FIELDS[kind], (_LENGTH, PyBytes_FromFormat("%zu", size)), (_ID, self.id_of(ex))]
+            self.reply_head(ex, fields, size == 0)
+            if kind:
+                out = dw_buf_reserve(&self.scratch, size)
+                if out is NULL:
+                    raise MemoryError()
+                memcpy(out, p, n)
+                out[n] = 10
+                self.reply_data(ex, out, size, None, True)
+                if self.scratch.cap > SNIFF_BYTES:
+                    dw_buf_free(&self.scratch)
+            elif n:
                 self.reply_data(ex, p, n, None, True)
             elif ex.h2 is None:
                 self.h1_flush()
             return 0
         if ex.encoder is None:
             ex.encoder = http_api.reply_encoder(_SHAPE_NAMES[ex.shape], not last, kind)
+        if ex.shape == SH_RAW and ex.begun:
+            return self.reply_data(ex, p, n, None, last)  # the items' bytes one after the other, as its encoder has it
         data = ex.encoder.item(PyBytes_FromStringAndSize(<char *>p, n), kind, last)
         if not ex.begun:
-            fields = [_STATUS_OK, *ex.encoder.head()]
-            if ex.request_id is not None:
-                fields.append((_ID, (<str>ex.request_id).encode("latin-1")))
-            self.reply_head(ex, fields, False)
+            self.reply_head(ex, [_STATUS_OK, *ex.encoder.head(), (_ID, self.id_of(ex))], False)
         return self.reply_data(ex, <const unsigned char *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), None, last)
 
     cdef int put_end(self, StreamBase stream) except -1:
@@ -1028,10 +1085,7 @@ cdef class HttpWire(Link):
             if ex.encoder is None:
                 ex.encoder = http_api.reply_encoder(_SHAPE_NAMES[ex.shape], True)
             if not ex.begun:
-                fields = [_STATUS_OK, *ex.encoder.head()]
-                if ex.request_id is not None:
-                    fields.append((_ID, ex.request_id.encode("latin-1")))
-                self.reply_head(ex, fields, False)
+                self.reply_head(ex, [_STATUS_OK, *ex.encoder.head(), (_ID, self.id_of(ex))], False)
             data = ex.encoder.end()
         self.reply_data(ex, <const unsigned char *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), None, True)
         if ex.h2 is not None and ex.h2.queued:
@@ -1040,7 +1094,6 @@ cdef class HttpWire(Link):
 
     cdef int put_error(self, StreamBase stream, int code, bytes body) except -1:
         cdef Exchange ex = stream.under
-        cdef unsigned char *out
         stream.state |= S_ENDED
         stream.state &= ~S_SENDING
         if ex is None or ex.ended:
@@ -1183,7 +1236,6 @@ cdef class HttpWire(Link):
     cdef int response_began(self, Exchange ex, list headers, bint end) except -1:
         cdef object name
         cdef StreamBase stream = ex.stream
-        cdef int kind = 0
         if stream is None:
             return 0
         for pair in headers:
@@ -1213,8 +1265,8 @@ cdef class HttpWire(Link):
         cdef object item
         if stream is None:
             return 0
-        if 200 <= ex.status < 300:
-            kind = http_api.reply_kind(ex.reply_headers)
+        kind = http_api.reply_kind(ex.reply_headers) if 200 <= ex.status < 300 else -1
+        if kind >= 0:
             item = self.body_of(ex, NULL, 0, kind)
             self.finish_call(ex)
             self.end_upload(ex)
@@ -1277,10 +1329,10 @@ cdef class HttpWire(Link):
                 if <int64_t>ex.item_size > self.max_message:
                     self.engine.consumed(None, n)
                     return self.fault(ex, MessageTooLarge(
-                        f"a reply item of {ex.item_size} bytes from {self.peer} exceeds this side's limit of {self.max_message} bytes; "
-                        "raise DYN_TCP_MAX_MESSAGE_SIZE",
-                        size=ex.item_size, limit=self.max_message, setting="DYN_TCP_MAX_MESSAGE_SIZE", peer=self.peer, phase="reply",
-                        sent="yes", request_id=ex.request_id,
+                        f"a reply item of {ex.item_size} bytes from {self.peer} exceeds this side's limit of {self.max_message} "
+                        "bytes; raise DYN_TCP_MAX_MESSAGE_SIZE",
+                        size=ex.item_size, limit=self.max_message, setting="DYN_TCP_MAX_MESSAGE_SIZE", peer=self.peer,
+                        phase="reply", sent="yes", request_id=ex.request_id,
                     ), CANCEL)  # fmt: skip
                 if ex.item_size >= LARGE_ITEM:
                     ex.block = default_pool.take(ex.item_size)
@@ -1300,7 +1352,10 @@ cdef class HttpWire(Link):
                 break
             size = ex.item_size
             if ex.item_kind == ITEM_ERROR:
-                body = PyBytes_FromStringAndSize(<char *>ex.body.p, ex.body.n) if ex.block is None else bytes(payload_of_block(ex.block, size))
+                if ex.block is None:
+                    body = PyBytes_FromStringAndSize(<char *>ex.body.p, ex.body.n)
+                else:
+                    body = bytes(payload_of_block(ex.block, size))
                 stream = ex.stream
                 self.finish_call(ex)
                 self.end_upload(ex)
@@ -1327,7 +1382,8 @@ cdef class HttpWire(Link):
             self.finish_call(ex)
             self.end_upload(ex)
             if broken:
-                return stream.on_lost(PeerLost(f"{self.peer} ended the reply in the middle of an item", peer=self.peer, sent="yes"))
+                error = PeerLost(f"{self.peer} ended the reply in the middle of an item", peer=self.peer, sent="yes")
+                return stream.on_lost(error)
             return stream.on_end()
         if ex.item_have > ex.early_now and ex.unread == 0:
             # Nothing else of the stream is unread: the item may need more than the window to become complete.
@@ -1434,7 +1490,6 @@ cdef class HttpWire(Link):
         return self.h1_sent < self.h1_out.n
 
     cdef bint has_unsent(self):
-        cdef StreamBase stream
         if self.has_output():
             return True
         for found in self.slots:
@@ -1472,12 +1527,17 @@ cdef class HttpWire(Link):
         return 0
 
     cdef double next_wakeup(self):
-        cdef double when = Link.next_wakeup(self)
+        cdef double when = min(Link.next_wakeup(self), self.head_at)
         return min(when, self.engine.next_wakeup()) if self.engine is not None else when
 
     cdef int time_passed(self, double now) except -1:
         self.now = now
         Link.time_passed(self, now)
+        if now >= self.head_at and not self.dead:
+            return self.broken(ProtocolError(
+                f"client {self.peer} did not complete its HTTP/1.1 request within {self.handshake_s:g} s", peer=self.peer,
+                offset=self.rx_bytes, sent="maybe",
+            ))  # fmt: skip
         if self.engine is not None and not self.dead:
             try:
                 self.engine.on_time(now)

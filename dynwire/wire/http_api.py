@@ -69,6 +69,7 @@ __all__ = [
     "ready_page",
     "refusal",
     "reply_encoder",
+    "reply_kind",
     "request_headers",
     "status_of",
 ]
@@ -715,6 +716,17 @@ def reply_encoder(shape: Shape, streaming: bool, kind: int = KIND_JSON) -> Reply
     if shape == "json" and streaming:
         return _JsonArray()
     return _MADE_ONCE[shape]
+
+
+def reply_kind(headers: Headers) -> int:
+    """Codec of a reply that is not in items, from a server that is no dynwire; bytes for types that are not ours.
+
+    Negative for a page for people: that is no reply, it comes from something in between.
+    """
+    content_type = dict(headers).get(b"content-type", b"")
+    if content_type.partition(b";")[0].strip().lower() == b"text/html":
+        return _KIND_UNKNOWN
+    return max(_kind_of(content_type), KIND_RAW)
 
 
 def refusal(shape: Shape, error: DynwireError, request_id: str = "") -> tuple[int, Headers, bytes]:

@@ -145,7 +145,9 @@ def managers(face: str, discovery_dir: Path) -> Managers:
 
 
 @asynccontextmanager
-async def known_as(manager: Manager, endpoint: str, address: str, directory: Path) -> AsyncIterator[Client]:
+async def known_as(
+    manager: Manager, endpoint: str, address: str, directory: Path, plane: str = "tcp"
+) -> AsyncIterator[Client]:
     """A client of ``manager`` for an endpoint that discovery says is at ``address``: a proxy, or something foreign."""
     namespace, component, name = endpoint.split(".")
     discovery = FileDiscovery(str(directory), ttl=60.0)
@@ -155,7 +157,7 @@ async def known_as(manager: Manager, endpoint: str, address: str, directory: Pat
         namespace=namespace,
         component=component,
         endpoint=name,
-        plane="tcp",
+        plane=plane,
         address=address,
     )
     await discovery.register(instance)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from .client import CASES as CLIENT
 from .peer import Case, EnginePeer
 from .server_generic import CASES as GENERIC
 from .server_hpack import CASES as HPACK
 from .server_http2 import CASES as HTTP2
 from .server_rfc9113 import CASES as RFC9113
-from .client import CASES as CLIENT
 
 SERVER: list[Case] = [*GENERIC, *HTTP2, *HPACK, *RFC9113]
 ROLES: dict[str, list[Case]] = {"server": SERVER, "client": CLIENT}

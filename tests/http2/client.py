@@ -57,9 +57,7 @@ def _(p: EnginePeer) -> None:
     sid = p.greet_and_request()
     p.send(ok(sid), f.data(sid, b"test", end=True))
     p.alive()
-    p.got(
-        ("headers", 1, RESPONSE, "response", False), ("data", 1, b"test", True), ("closed", 1)
-    )  # fmt: skip
+    p.got(("headers", 1, RESPONSE, "response", False), ("data", 1, b"test", True), ("closed", 1))
 
 
 s = section("4.1")
@@ -210,7 +208,9 @@ s.add(
 # --- 6 frame definitions --------------------------------------------------------------------------------------------------
 
 s = section("6.1")
-s.add("DATA on stream 0 is a connection error PROTOCOL_ERROR.", is_connection_error(f.PROTOCOL_ERROR, f.data(0, b"test", end=True)))
+s.add(
+    "DATA on stream 0 is a connection error PROTOCOL_ERROR.", is_connection_error(f.PROTOCOL_ERROR, f.data(0, b"test", end=True))
+)
 
 
 @s("DATA on a stream that is not open or half-closed (local) is a stream error STREAM_CLOSED.")
@@ -258,7 +258,9 @@ s.add(
 
 s = section("6.4")
 s.add("RST_STREAM on stream 0 is a connection error PROTOCOL_ERROR.", is_connection_error(f.PROTOCOL_ERROR, f.rst_stream(0)))
-s.add("RST_STREAM on an idle stream is a connection error PROTOCOL_ERROR.", is_connection_error(f.PROTOCOL_ERROR, f.rst_stream(3)))
+s.add(
+    "RST_STREAM on an idle stream is a connection error PROTOCOL_ERROR.", is_connection_error(f.PROTOCOL_ERROR, f.rst_stream(3))
+)
 s.add(
     "RST_STREAM with another length than 4 is a connection error FRAME_SIZE_ERROR.",
     is_connection_error(f.FRAME_SIZE_ERROR, f.frame(f.RST_STREAM, 0, 1, bytes(3))),
@@ -332,8 +334,14 @@ def _(p: EnginePeer) -> None:
     assert frame.ack and frame.payload == b"h2 tests", p.story()
 
 
-s.add("PING on a stream is a connection error PROTOCOL_ERROR.", is_connection_error(f.PROTOCOL_ERROR, f.frame(f.PING, 0, 1, bytes(8))))
-s.add("PING with another length than 8 is a connection error FRAME_SIZE_ERROR.", is_connection_error(f.FRAME_SIZE_ERROR, f.ping(bytes(6))))
+s.add(
+    "PING on a stream is a connection error PROTOCOL_ERROR.",
+    is_connection_error(f.PROTOCOL_ERROR, f.frame(f.PING, 0, 1, bytes(8))),
+)
+s.add(
+    "PING with another length than 8 is a connection error FRAME_SIZE_ERROR.",
+    is_connection_error(f.FRAME_SIZE_ERROR, f.ping(bytes(6))),
+)
 
 s = section("6.8")
 s.add(
@@ -346,7 +354,9 @@ s.add(
     "WINDOW_UPDATE by 0 for the connection is a connection error PROTOCOL_ERROR.",
     is_connection_error(f.PROTOCOL_ERROR, f.window_update(0, 0)),
 )
-s.add("WINDOW_UPDATE by 0 for a stream is a stream error PROTOCOL_ERROR.", is_stream_error(f.PROTOCOL_ERROR, f.window_update(1, 0)))
+s.add(
+    "WINDOW_UPDATE by 0 for a stream is a stream error PROTOCOL_ERROR.", is_stream_error(f.PROTOCOL_ERROR, f.window_update(1, 0))
+)
 s.add(
     "WINDOW_UPDATE with another length than 4 is a connection error FRAME_SIZE_ERROR.",
     is_connection_error(f.FRAME_SIZE_ERROR, f.frame(f.WINDOW_UPDATE, 0, 0, b"\x00\x00\x01")),
@@ -620,7 +630,9 @@ def _(p: EnginePeer) -> None:
     p.got(("headers", 1, RESPONSE, "response", True), ("reset", 1, f.NO_ERROR, True), ("closed", 1))
 
 
-s.add("DATA before the response's HEADERS is a stream error PROTOCOL_ERROR.", is_stream_error(f.PROTOCOL_ERROR, f.data(1, b"test")))
+s.add(
+    "DATA before the response's HEADERS is a stream error PROTOCOL_ERROR.", is_stream_error(f.PROTOCOL_ERROR, f.data(1, b"test"))
+)
 s.add(
     "A second HEADERS without END_STREAM is a stream error PROTOCOL_ERROR.",
     is_stream_error(f.PROTOCOL_ERROR, ok(1), f.data(1, b"test"), f.headers(1, f.block([(b"x-test", b"ok")]))),

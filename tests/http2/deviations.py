@@ -46,7 +46,9 @@ BY_REASON: dict[str, list[str]] = {
     ],
     "reports SETTINGS with ACK and a payload as PROTOCOL_ERROR": [*ids("http2/6.5", 1), *ids("client/6.5", 1)],
     "answers DATA on a stream closed by END_STREAM with RST_STREAM": [*ids("http2/5.1", 11), *ids("client/5.1", 8)],
-    "accepts any frame, and an acknowledgement, as the first one": [*ids("rfc9113/3.4", 1, 2, 3), *ids("client/rfc9113/3.4", 1, 2)],
+    "accepts any frame, and an acknowledgement, as the first one": [
+        *ids("rfc9113/3.4", 1, 2, 3), *ids("client/rfc9113/3.4", 1, 2),
+    ],
     "ignores RST_STREAM on idle streams that the other side would open": [
         *ids("rfc9113/5.1", 4), *ids("client/5.1", 2), *ids("client/6.4", 2),
     ],

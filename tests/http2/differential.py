@@ -1,9 +1,9 @@
 """Random frame scripts into both engines: what one does and the other does not has to be an intended difference.
 
-A script is what a peer sends: mostly valid frames from a small model of a connection, then, in every second script, mutated (bits,
-lengths, types, flags, streams, order, repetition, loss). Frames are given to both engines one by one, and what came of each is
-compared: events, answers, resets and connection errors with their codes. At the first difference the states of the engines
-part, so the script goes on with the native engine alone; the difference has to be one of `INTENDED`.
+A script is what a peer sends: mostly valid frames from a small model of a connection, then, in every second script, mutated
+(bits, lengths, types, flags, streams, order, repetition, loss). Frames are given to both engines one by one, and what came of
+each is compared: events, answers, resets and connection errors with their codes. At the first difference the states of the
+engines part, so the script goes on with the native engine alone; the difference has to be one of `INTENDED`.
 
 ``python -m tests.http2.differential ROLE SEED`` shows one script step by step.
 """
@@ -99,7 +99,12 @@ class Script:
                 (4, lambda: self.add(f.ping(rng.randbytes(8), ack=rng.random() < 0.3))),
                 (5, self.reset),
                 (3, lambda: self.add(f.priority(self.any_stream() or 1, rng.choice((0, 111, 113)), rng.randrange(1, 257)))),
-                (3, lambda: self.add(f.frame(rng.choice((11, 13, 16, 255)), rng.randrange(256), self.any_stream(), rng.randbytes(5)))),
+                (
+                    3,
+                    lambda: self.add(
+                        f.frame(rng.choice((11, 13, 16, 255)), rng.randrange(256), self.any_stream(), rng.randbytes(5))
+                    ),
+                ),
                 (1, lambda: self.add(f.goaway(rng.choice((0, 1, 3, 0x7FFFFFFF)), rng.choice((0, 2, 77)), rng.randbytes(3)))),
                 (1, lambda: self.add(f.SETTINGS_ACK)),
             ]
@@ -119,7 +124,9 @@ class Script:
         if rng.random() < 0.6:
             return bytes(self.encoder.encode(fields, huffman=rng.random() < 0.5))
         if self.bad():  # does not decode, or does so only by chance
-            return f.block(fields) + rng.choice((b"\x80", b"\xff\xff\xff\xff\xff\x0f", b"\x40", b"\x3f\xff\x1f", b"\xc5", b"\x00\x01"))
+            return f.block(fields) + rng.choice(
+                (b"\x80", b"\xff\xff\xff\xff\xff\x0f", b"\x40", b"\x3f\xff\x1f", b"\xc5", b"\x00\x01")
+            )
         return f.block(fields)
 
     def extra(self) -> list[f.Field]:
@@ -231,7 +238,12 @@ class Script:
         if self.role == "server":
             choices.append((f.ENABLE_PUSH, rng.choice((0, 1))))
         if self.bad():
-            choices = [(f.ENABLE_PUSH, 2), (f.INITIAL_WINDOW_SIZE, 1 << 31), (f.MAX_FRAME_SIZE, 16383), (f.MAX_FRAME_SIZE, 1 << 24)]
+            choices = [
+                (f.ENABLE_PUSH, 2),
+                (f.INITIAL_WINDOW_SIZE, 1 << 31),
+                (f.MAX_FRAME_SIZE, 16383),
+                (f.MAX_FRAME_SIZE, 1 << 24),
+            ]
         self.add(f.settings(*(rng.choice(choices) for _ in range(rng.randrange(4)))))
 
     def reset(self) -> None:
@@ -589,9 +601,7 @@ def _(step: Step) -> bool:
 
 @intended("DATA beyond a stream's window is a stream error here (RFC 9113 6.9.1 allows both), h2 ends the connection")
 def _(step: Step) -> bool:
-    return (
-        step.native_reset == f.FLOW_CONTROL_ERROR and step.frame.type == f.DATA and step.h2.error == f.FLOW_CONTROL_ERROR
-    )
+    return step.native_reset == f.FLOW_CONTROL_ERROR and step.frame.type == f.DATA and step.h2.error == f.FLOW_CONTROL_ERROR
 
 
 @intended("the reserved bit of a window increment is ignored here (RFC 9113 6.9), h2 takes it for a part of the number")
@@ -676,7 +686,7 @@ def _(step: Step) -> bool:
         step.frame.type == f.CONTINUATION
         and not step.in_block
         and step.native.error == f.PROTOCOL_ERROR
-        and step.h2.error in (f.PROTOCOL_ERROR, f.STREAM_CLOSED)
+        and (step.h2.error in (f.PROTOCOL_ERROR, f.STREAM_CLOSED) or step.h2.resets == {(step.frame.stream, f.STREAM_CLOSED)})
     )
 
 
@@ -685,6 +695,14 @@ def _(step: Step) -> bool:
     return f.STREAM_CLOSED in (step.native.error, step.native_reset) and step.h2.text.startswith(
         "Invalid input StreamInputs.RECV_INFORMATIONAL_HEADERS"
     )
+
+
+@intended("padding of HEADERS is compared with what the priority fields leave here, with the whole payload in h2")
+def _(step: Step) -> bool:
+    frame = step.frame
+    if frame.type != f.HEADERS or not (frame.flags & f.PADDED and frame.flags & f.PRIORITY_FLAG) or len(frame.payload) < 6:
+        return False
+    return step.native.error == f.PROTOCOL_ERROR and len(frame.payload) - 6 < frame.payload[0] < len(frame.payload)
 
 
 def faults(frame: f.Frame, in_block: bool) -> set[int]:
@@ -768,7 +786,7 @@ class Tracker:
             if event[0] == "headers":
                 if event[3] == "response" and event[2][0][1] in (b"204", b"304"):
                     self.bodyless.add(event[1])
-                self.lengths |= {event[1]: int(value) for name, value in event[2] if name == b"content-length"}
+                self.lengths.update((event[1], int(value)) for name, value in event[2] if name == b"content-length")
             elif event[0] == "data":
                 self.bodies[event[1]] += len(event[2])
 
@@ -805,7 +823,17 @@ def run(role: str, seed: int, report: Callable[[str], None] = lambda line: None)
             report(f"    h2:     {theirs}")
             result.frames += 1
             if not ours.same(theirs):
-                step = Step(frame, ours, theirs, frozenset(state.given_up), state.highest, state.short(), frozenset(state.bodyless), bool(state.updated & state.closed), state.in_block)
+                step = Step(
+                    frame,
+                    ours,
+                    theirs,
+                    frozenset(state.given_up),
+                    state.highest,
+                    state.short(),
+                    frozenset(state.bodyless),
+                    bool(state.updated & state.closed),
+                    state.in_block,
+                )
                 result.difference = explain(step)
                 if result.difference is None:
                     raise UnintendedDifference(

@@ -212,9 +212,9 @@ class Peer(ABC):
         """A header section with a status on the stream."""
         self.until(
             f"HEADERS on stream {stream}",
-            lambda frame: frame.type in (f.HEADERS, f.CONTINUATION)
-            and frame.stream == stream
-            and bool(frame.flags & f.END_HEADERS),
+            lambda frame: (
+                frame.type in (f.HEADERS, f.CONTINUATION) and frame.stream == stream and bool(frame.flags & f.END_HEADERS)
+            ),
         )
         fields = self.lists[stream][-1]
         assert fields[0][0] == b":status", f"expected :status first, got {fields}"

@@ -247,9 +247,7 @@ def _(p: Peer) -> None:
 @s("A POST request with trailers is answered.")
 def _(p: Peer) -> None:
     p.handshake()
-    p.send(
-        p.post(1, (b"trailer", b"x-test")), f.data(1, b"test"), f.headers(1, f.block([(b"x-test", b"ok")]), end=True)
-    )  # fmt: skip
+    p.send(p.post(1, (b"trailer", b"x-test")), f.data(1, b"test"), f.headers(1, f.block([(b"x-test", b"ok")]), end=True))
     p.response()
     p.complete()
 
@@ -281,7 +279,9 @@ for kind, kind_text, rfc in (
         _field(f.indexed_name(58, b"", kind)[:-1] + f.string(f.huffman(b"h2 tests"), huffman=True)),
     )
     s.add(f"A literal {kind_text} is accepted: new name.", _field(f.literal(b"x-test", b"h2 tests", kind)))
-    s.add(f"A literal {kind_text} is accepted: new name, in Huffman code.", _field(f.huffman_literal(b"x-test", b"h2 tests", kind)))
+    s.add(
+        f"A literal {kind_text} is accepted: new name, in Huffman code.", _field(f.huffman_literal(b"x-test", b"h2 tests", kind))
+    )
 s.rfc = "RFC 7541 6.3"
 s.add("A dynamic table size update is accepted.", _field(b"", f.table_size_update(0)))
 s.rfc = "RFC 7541 4.2"

@@ -92,6 +92,8 @@ s.add(
 )
 
 s = section("4.3", "rfc7541")
+
+
 @s("A table size update to 0 empties the dynamic table: what was in it is a decoding error.")
 def _(p: Peer) -> None:
     p.handshake()
@@ -152,7 +154,8 @@ s.add("A string longer than the block is a decoding error.", undecodable(b"\x00\
 s.add("A literal without a value is a decoding error.", undecodable(b"\x00\x06x-test"))
 s.add("A string of 2^31 bytes is a decoding error.", undecodable(b"\x00\x06x-test\x7f\x81\xff\xff\xff\x07value"))
 s.add(
-    "A Huffman string that ends inside of a long code is a decoding error.", undecodable(NAME + f.string(b"\xff\xff", huffman=True))
+    "A Huffman string that ends inside of a long code is a decoding error.",
+    undecodable(NAME + f.string(b"\xff\xff", huffman=True)),
 )
 s.add("An empty Huffman string is accepted.", decodes((NAME + b"\x80", [(b"x-test", b"")])), socket=False)
 s.add(
@@ -167,7 +170,11 @@ s.add(
 )
 
 s = section("6.2", "rfc7541")
-s.add("A literal with incremental indexing is in the table for the next field already.", decodes((add + f.indexed(62), [FIELD, FIELD])), socket=False)
+s.add(
+    "A literal with incremental indexing is in the table for the next field already.",
+    decodes((add + f.indexed(62), [FIELD, FIELD])),
+    socket=False,
+)
 
 s = section("6.3", "rfc7541")
 s.add("A dynamic table size update between fields is a decoding error.", undecodable(f.table_size_update(0) + add))

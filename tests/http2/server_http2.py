@@ -126,9 +126,7 @@ def _interrupted_by(piece: Callable[[Peer], bytes]) -> Callable[[Peer], None]:
     return run
 
 
-s.add(
-    "A PRIORITY frame inside of a header block is a connection error PROTOCOL_ERROR.", _interrupted_by(lambda p: f.priority(1))
-)
+s.add("A PRIORITY frame inside of a header block is a connection error PROTOCOL_ERROR.", _interrupted_by(lambda p: f.priority(1)))
 s.add(
     "A HEADERS frame of another stream inside of a header block is a connection error PROTOCOL_ERROR.",
     _interrupted_by(lambda p: p.get(3)),
@@ -303,7 +301,9 @@ def _(p: Peer) -> None:
 # --- 6 frame definitions --------------------------------------------------------------------------------------------------
 
 s = section("6.1")
-s.add("DATA on stream 0 is a connection error PROTOCOL_ERROR.", is_connection_error(f.PROTOCOL_ERROR, f.data(0, b"test", end=True)))
+s.add(
+    "DATA on stream 0 is a connection error PROTOCOL_ERROR.", is_connection_error(f.PROTOCOL_ERROR, f.data(0, b"test", end=True))
+)
 
 
 @s("DATA on a stream that is not open or half-closed (local) is a stream error STREAM_CLOSED.")
@@ -346,7 +346,9 @@ def _(p: Peer) -> None:
 
 
 s = section("6.3")
-s.add("PRIORITY on stream 0 is a connection error PROTOCOL_ERROR.", is_connection_error(f.PROTOCOL_ERROR, f.priority(0, weight=256)))
+s.add(
+    "PRIORITY on stream 0 is a connection error PROTOCOL_ERROR.", is_connection_error(f.PROTOCOL_ERROR, f.priority(0, weight=256))
+)
 
 
 @s("PRIORITY with another length than 5 is a stream error FRAME_SIZE_ERROR.")
@@ -358,7 +360,9 @@ def _(p: Peer) -> None:
 
 s = section("6.4")
 s.add("RST_STREAM on stream 0 is a connection error PROTOCOL_ERROR.", is_connection_error(f.PROTOCOL_ERROR, f.rst_stream(0)))
-s.add("RST_STREAM on an idle stream is a connection error PROTOCOL_ERROR.", is_connection_error(f.PROTOCOL_ERROR, f.rst_stream(1)))
+s.add(
+    "RST_STREAM on an idle stream is a connection error PROTOCOL_ERROR.", is_connection_error(f.PROTOCOL_ERROR, f.rst_stream(1))
+)
 
 
 @s("RST_STREAM with another length than 4 is a connection error FRAME_SIZE_ERROR.")
@@ -445,8 +449,14 @@ def _(p: Peer) -> None:
     assert frame.ack and frame.payload == b"h2 tests", p.story()
 
 
-s.add("PING on a stream is a connection error PROTOCOL_ERROR.", is_connection_error(f.PROTOCOL_ERROR, f.frame(f.PING, 0, 1, bytes(8))))
-s.add("PING with another length than 8 is a connection error FRAME_SIZE_ERROR.", is_connection_error(f.FRAME_SIZE_ERROR, f.ping(bytes(6))))
+s.add(
+    "PING on a stream is a connection error PROTOCOL_ERROR.",
+    is_connection_error(f.PROTOCOL_ERROR, f.frame(f.PING, 0, 1, bytes(8))),
+)
+s.add(
+    "PING with another length than 8 is a connection error FRAME_SIZE_ERROR.",
+    is_connection_error(f.FRAME_SIZE_ERROR, f.ping(bytes(6))),
+)
 
 s = section("6.8")
 s.add(
@@ -572,9 +582,7 @@ def _(p: Peer) -> None:
 @s("CONTINUATION after CONTINUATION with END_HEADERS is a connection error PROTOCOL_ERROR.")
 def _(p: Peer) -> None:
     p.handshake_and_hold()
-    p.send(
-        f.headers(1, f.block(p.fields()), end=True, end_headers=False), f.continuation(1, DUMMY), f.continuation(1, DUMMY)
-    )  # fmt: skip
+    p.send(f.headers(1, f.block(p.fields()), end=True, end_headers=False), f.continuation(1, DUMMY), f.continuation(1, DUMMY))
     p.connection_error(f.PROTOCOL_ERROR)
 
 

@@ -129,10 +129,21 @@ def _(p: Peer) -> None:
     p.either_error(1, f.FRAME_SIZE_ERROR, f.PROTOCOL_ERROR)
 
 
-s.add("GOAWAY shorter than 8 bytes is a connection error FRAME_SIZE_ERROR.", is_connection_error(f.FRAME_SIZE_ERROR, f.frame(f.GOAWAY, 0, 0, bytes(7))))
-s.add("RST_STREAM longer than 4 bytes is a connection error FRAME_SIZE_ERROR.", is_connection_error(f.FRAME_SIZE_ERROR, f.frame(f.RST_STREAM, 0, 1, bytes(5))))
-s.add("WINDOW_UPDATE longer than 4 bytes is a connection error FRAME_SIZE_ERROR.", is_connection_error(f.FRAME_SIZE_ERROR, f.frame(f.WINDOW_UPDATE, 0, 0, bytes(5))))
-s.add("PING longer than 8 bytes is a connection error FRAME_SIZE_ERROR.", is_connection_error(f.FRAME_SIZE_ERROR, f.ping(bytes(9))))
+s.add(
+    "GOAWAY shorter than 8 bytes is a connection error FRAME_SIZE_ERROR.",
+    is_connection_error(f.FRAME_SIZE_ERROR, f.frame(f.GOAWAY, 0, 0, bytes(7))),
+)
+s.add(
+    "RST_STREAM longer than 4 bytes is a connection error FRAME_SIZE_ERROR.",
+    is_connection_error(f.FRAME_SIZE_ERROR, f.frame(f.RST_STREAM, 0, 1, bytes(5))),
+)
+s.add(
+    "WINDOW_UPDATE longer than 4 bytes is a connection error FRAME_SIZE_ERROR.",
+    is_connection_error(f.FRAME_SIZE_ERROR, f.frame(f.WINDOW_UPDATE, 0, 0, bytes(5))),
+)
+s.add(
+    "PING longer than 8 bytes is a connection error FRAME_SIZE_ERROR.", is_connection_error(f.FRAME_SIZE_ERROR, f.ping(bytes(9)))
+)
 
 s = section("4.3")
 
@@ -324,7 +335,9 @@ s = section("6.1")
 @s("Padding of any content and of every length up to the payload's is accepted.")
 def _(p: Peer) -> None:
     p.handshake()
-    p.send(p.post(), f.frame(f.DATA, f.PADDED, 1, b"\x03abc\x01\x02\x03"), f.data(1, b"", pad=255), f.data(1, b"d", end=True, pad=0))
+    p.send(
+        p.post(), f.frame(f.DATA, f.PADDED, 1, b"\x03abc\x01\x02\x03"), f.data(1, b"", pad=255), f.data(1, b"d", end=True, pad=0)
+    )
     p.response()
     if isinstance(p, EnginePeer):
         assert b"".join(event[2] for event in p.events if event[0] == "data") == b"abcd"
@@ -509,7 +522,12 @@ def _(p: EnginePeer) -> None:
     p.response()
 
 
-@s("DATA beyond the connection's window is a connection error FLOW_CONTROL_ERROR.", socket=False, connection_window=65535, stream_window=50000)
+@s(
+    "DATA beyond the connection's window is a connection error FLOW_CONTROL_ERROR.",
+    socket=False,
+    connection_window=65535,
+    stream_window=50000,
+)
 def _(p: EnginePeer) -> None:
     p.handshake()
     p.send(p.post(1), p.post(3), *(f.data(stream, b"x" * 16384) for stream in (1, 3, 1, 3)))
@@ -606,7 +624,9 @@ def _accepted(requirement: str, *extra: f.Field, method: bytes = b"GET", rfc: st
     def run(p: Peer) -> None:
         p.handshake()
         fields = [(name, change.get(name[1:].decode(), value)) for name, value in p.fields(method)]
-        p.send(f.headers(1, f.block([field for field in fields if field[1] != b"<none>"] + list(extra)), end=True))
+        fields = [field for field in fields if field[1] != b"<none>"]
+        more = [(name, p.host if name == b"host" else value) for name, value in extra]
+        p.send(f.headers(1, f.block([*fields, *more]), end=True))
         p.response()
 
     s.add(requirement, run, rfc=rfc)

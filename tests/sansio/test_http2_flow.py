@@ -55,7 +55,7 @@ class Ledger:
         for sid, stream in counters["streams"].items():
             assert stream["recv_window"] == self.streams[sid] >= 0
             assert 0 <= stream["unannounced"] < self.window
-        assert 0 <= counters["unannounced"]
+        assert counters["unannounced"] >= 0
         # nothing is lost: what is not in the window is unread or waits to be announced
         assert counters["recv_window"] + counters["unread"] + counters["unannounced"] == self.full
 

@@ -57,6 +57,7 @@ from dynwire.wire.http_api import (
     ready_page,
     refusal,
     reply_encoder,
+    reply_kind,
     request_headers,
     status_of,
 )
@@ -956,6 +957,27 @@ def test_types_that_have_no_schema() -> None:
     document = json.loads(openapi_page([EndpointInfo("a.b.c", request_type=type("Own", (), {}))], ROOT, version="1"))
     content = document["paths"][f"{ROOT}/a/b/c"]["post"]["requestBody"]["content"]
     assert content["application/json"]["schema"] == {}
+
+
+@pytest.mark.parametrize(
+    ("content_type", "kind"),
+    [
+        (None, KIND_RAW),
+        (b"", KIND_RAW),
+        (b"text/plain; charset=utf-8", KIND_RAW),
+        (b"application/x-www-form-urlencoded", KIND_RAW),
+        (b"application/octet-stream", KIND_RAW),
+        (b"application/json; charset=utf-8", KIND_JSON),
+        (b"application/hal+json", KIND_JSON),
+        (b"Application/Vnd.MsgPack", KIND_MSGPACK),
+        (b"text/html; charset=utf-8", -1),
+    ],
+)
+def test_the_kind_of_a_foreign_servers_reply(content_type: bytes | None, kind: int) -> None:
+    headers = [(b":status", b"200"), (b"server", b"other")]
+    if content_type is not None:
+        headers.append((b"content-type", content_type))
+    assert reply_kind(headers) == kind
 
 
 def test_headers_is_what_both_protocols_give() -> None:

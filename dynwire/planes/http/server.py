@@ -6,8 +6,8 @@ import inspect
 import socket
 from typing import Any
 
-from ... import __version__
 from ..._httpio import HttpServerConnection
+from ..._version import __version__
 from ...config import Config
 from ...wire import http_api
 from ..sockets.server import AsyncSocketServer
@@ -30,6 +30,10 @@ class AsyncHttpServer(AsyncSocketServer):
         self._limits = http2_limits(config)
         self._limits["max_concurrent_streams"] = config.http.max_concurrent_streams
         self._live = http_api.live_page()
+        self.fixed: dict[bytes, tuple[http_api.Headers, bytes]] = {
+            b"/live": ([(b":status", b"200"), *_JSON_HEAD, (b"content-length", b"%d" % len(self._live))], self._live)
+        }
+        """pages that are the same for everybody, answered in compiled code"""
         self._tls = server_context(config)
         self._scheme = "http" if self._tls is None else "https"
 
@@ -102,4 +106,3 @@ def _info(name: str, entry: Any) -> http_api.EndpointInfo:
         description=inspect.getdoc(handler.function) or "",
         request_type=handler.request_type,
     )
-

@@ -21,7 +21,8 @@ def server_context(config: Config) -> ssl.SSLContext | None:
     try:
         context.load_cert_chain(http.tls_cert, http.tls_key)
     except (OSError, ssl.SSLError) as error:
-        raise _unusable("DYNWIRE_HTTP_TLS_CERT", http.tls_cert, "a PEM file, with its key in it or in DYNWIRE_HTTP_TLS_KEY", error) from error
+        allowed = "a PEM file, with its key in it or in DYNWIRE_HTTP_TLS_KEY"
+        raise _unusable("DYNWIRE_HTTP_TLS_CERT", http.tls_cert, allowed, error) from error
     context.set_alpn_protocols(ALPN)
     return context
 

@@ -1,0 +1,3 @@
+"""The version, which parts of the package name in what they send."""
+
+__version__ = "0.1.0"
