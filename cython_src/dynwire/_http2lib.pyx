@@ -23,6 +23,7 @@ from libc.math cimport INFINITY
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 
 from ._bytes cimport dw_chunk, dw_ld24be, dw_ld32be, dw_ld64be, dw_st64be
+from ._hpack cimport hpack_intern
 from ._http2 cimport (
     CONNECTION_BACKLOG,
     K_INFORMATIONAL,
@@ -268,7 +269,11 @@ cdef class LibraryEngine(Http2Engine):
 
     cdef int headers_received(self, Http2Stream s, object event, int kind) except -1:
         cdef bint end = kind != K_INFORMATIONAL and event.stream_ended is not None
-        headers = [(bytes(name), bytes(value)) for name, value in event.headers]
+        # The owner tells known names by their identity, and hpack makes a new object of a name that came as a literal.
+        headers = []
+        for name, value in event.headers:
+            name = bytes(name)
+            headers.append((hpack_intern(<const unsigned char *>PyBytes_AS_STRING(name), PyBytes_GET_SIZE(name)), bytes(value)))
         if end:
             self.remote_end(s)
         self.owner.on_headers(s, headers, kind, end)
