@@ -18,7 +18,7 @@ from dynwire.wire.http2 import Http2Connection
 from . import cases
 from .peer import BODY, Case, Peer
 
-SILENCE_S = 2.0
+SILENCE_S = 15.0
 """how long a server may think; cases that pass do not wait for it"""
 
 
