@@ -68,6 +68,7 @@ cdef enum:
     FRAME_DATA = 0
     FRAME_GOAWAY = 7
     DATA_CUT = 16384             # DATA frames are not longer than this, so that streams take turns
+    FRAME_AHEAD = 262144         # framed bytes from which data wait on their streams, where they take turns
     MAX_ID = 0x7FFFFFFF
     LAST_CLIENT_ID = 0x40000000  # a client opens no stream from here on
 
@@ -463,7 +464,7 @@ cdef class LibraryEngine(Http2Engine):
             return self.collect() if self.dead else 0
         self.flushing = True
         try:
-            while self.waiting and blocked < <size_t>len(self.waiting) and self.backlog() < CONNECTION_BACKLOG:
+            while self.waiting and blocked < <size_t>len(self.waiting) and self.backlog() < FRAME_AHEAD:
                 sid = self.waiting.popleft()
                 s = self.streams.get(sid)
                 if s is None:
