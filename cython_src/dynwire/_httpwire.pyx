@@ -383,6 +383,9 @@ cdef class HttpWire(Link):
     cdef int h1_received(self) except -1:
         cdef Exchange ex
         cdef bytes data
+        if self.closing:  # the driver reads on so that the last reply arrives, not because anybody wants it
+            self.early_in.n = 0
+            return 0
         chunk = PyBytes_FromStringAndSize(<char *>self.early_in.p, self.early_in.n)
         self.early_in.n = 0
         for event in self.h1.receive(chunk):
@@ -428,10 +431,9 @@ cdef class HttpWire(Link):
                 raise MemoryError()
             memcpy(p, PyBytes_AS_STRING(out), PyBytes_GET_SIZE(out))
             self.h1_out.n += PyBytes_GET_SIZE(out)
-            self.wrote()
         if self.h1.must_close:
             self.closing = True
-        return 0
+        return self.wrote() if out else 0
 
     # ---- from the engine -------------------------------------------------------------------------------------------------
 
@@ -524,11 +526,12 @@ cdef class HttpWire(Link):
     cdef int h2_closed(self, Http2Stream h2) except -1:
         cdef Exchange ex = h2.data
         cdef StreamBase stream
-        if ex is None:
+        if self.is_client:
+            # Only now may the engine open another one: when the call ended, this stream still counted.
+            return self.on_slot_free() if self.pending else 0
+        if ex is None or ex.stream is None:
             return 0
         stream = ex.stream
-        if self.is_client or stream is None:
-            return 0
         if stream.state & S_SENDING:
             stream.state &= ~S_SENDING
             return stream.on_sent()
@@ -966,7 +969,7 @@ cdef class HttpWire(Link):
             self.engine.release(ex.h2)
         elif ex is self.h1_exchange:
             self.h1_exchange = None
-            if self.h1.must_close:
+            if self.h1.must_close or self.draining:
                 self.closing = True
             elif not self.in_h1_next:
                 self.in_h1_next = True
