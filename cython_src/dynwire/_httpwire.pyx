@@ -391,7 +391,15 @@ cdef class HttpWire(Link):
         for event in self.h1.receive(chunk):
             name = event[0]
             ex = self.h1_exchange
-            if name == "request":
+            if name == "error":
+                status, text = event[1], event[2]
+                if ex is not None and ex.stream is not None:  # in the middle of its body
+                    self.refuse_exchange(ex, ProtocolError(text, peer=self.peer, sent="no", phase="receive"))
+                elif ex is None or not ex.ended:
+                    if ex is None:
+                        ex = self.h1_exchange = Exchange.__new__(Exchange)
+                    self.answer_fault(ex, http_api.HttpFault(status, HTTPStatus(status).phrase, text))
+            elif name == "request":
                 ex = self.h1_exchange = self.read_or_refuse(event[1], None)
                 if ex is not None:
                     self.request_began(ex, False)
@@ -402,12 +410,8 @@ cdef class HttpWire(Link):
             elif name == "data":
                 data = event[1]
                 self.request_data(ex, <const unsigned char *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), False)
-            elif name == "end":
-                self.request_data(ex, NULL, 0, True)
             else:
-                status, text = event[1], event[2]
-                self.h1_exchange = ex = Exchange.__new__(Exchange)
-                self.answer_fault(ex, http_api.HttpFault(status, HTTPStatus(status).phrase, text))
+                self.request_data(ex, NULL, 0, True)
         self.h1_flush()
         ex = self.h1_exchange
         if self.h1.must_close or self.h1.idle or not (ex is None or ex.page is not None):
@@ -606,8 +610,7 @@ cdef class HttpWire(Link):
     cdef bint answer_fixed(self, Http2Stream h2, list headers) except -1:
         """Answer ``GET`` of a page that never changes, whatever the other headers say; False if it is something else."""
         cdef object name
-        cdef object path = None
-        cdef tuple reply
+        cdef tuple reply = None
         cdef bytes body
         for pair in headers:
             name = (<tuple>pair)[0]
@@ -615,10 +618,11 @@ cdef class HttpWire(Link):
                 if (<tuple>pair)[1] != b"GET":
                     return False
             elif name is _PATH:
-                path = (<tuple>pair)[1]
-            elif path is not None:
-                break
-        reply = self.fixed.get(path)
+                reply = self.fixed.get((<tuple>pair)[1])
+                if reply is None:
+                    return False
+            elif name is _ID:
+                return False  # it belongs into the answer
         if reply is None:
             return False
         body = reply[1]
@@ -921,7 +925,10 @@ cdef class HttpWire(Link):
             status, headers, body = self.pages(page)
         except http_api.HttpFault as fault:
             return self.answer_fault(ex, fault)
-        self.answer(ex, status, [*headers, (_LENGTH, str(len(body)).encode())], body)
+        fields = [*headers, (_LENGTH, str(len(body)).encode())]
+        if ex.request_id is not None:
+            fields.append((_ID, (<str>ex.request_id).encode("latin-1")))
+        self.answer(ex, status, fields, body)
         return self.reply_ended(ex)
 
     cdef int answer_fault(self, Exchange ex, object fault) except -1:
@@ -971,12 +978,16 @@ cdef class HttpWire(Link):
             self.h1_exchange = None
             if self.h1.must_close or self.draining:
                 self.closing = True
-            elif not self.in_h1_next:
-                self.in_h1_next = True
-                try:
-                    self.h1_received()  # a pipelined request may be waiting
-                finally:
-                    self.in_h1_next = False
+            else:
+                self.h1_again = True  # a pipelined request may be waiting
+                if not self.in_h1_next:
+                    self.in_h1_next = True
+                    try:
+                        while self.h1_again and not self.dead:
+                            self.h1_again = False
+                            self.h1_received()
+                    finally:
+                        self.in_h1_next = False
         return 0
 
     cdef bint may_send(self, StreamBase stream) except -1:
