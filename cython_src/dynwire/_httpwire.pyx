@@ -384,31 +384,35 @@ cdef class HttpWire(Link):
     cdef int h1_received(self) except -1:
         cdef Exchange ex
         cdef bytes data
+        if self.closing:  # the driver reads on so that the last reply arrives, not because anybody wants it
+            self.early_in.n = 0
+            return 0
         chunk = PyBytes_FromStringAndSize(<char *>self.early_in.p, self.early_in.n)
         self.early_in.n = 0
         for event in self.h1.receive(chunk):
             name = event[0]
             ex = self.h1_exchange
-            if name == "request":
+            if name == "error":
+                status, text = event[1], event[2]
+                if ex is not None and ex.stream is not None:  # in the middle of its body
+                    self.refuse_exchange(ex, ProtocolError(text, peer=self.peer, sent="no", phase="receive"))
+                elif ex is None or not ex.ended:
+                    if ex is None:
+                        ex = self.h1_exchange = Exchange.__new__(Exchange)
+                    self.answer_fault(ex, http_api.HttpFault(status, HTTPStatus(status).phrase, text))
+            elif name == "request":
                 ex = self.h1_exchange = self.read_or_refuse(event[1], None)
                 if ex is not None:
                     self.request_began(ex, False)
                     if self.h1.expects_continue and not ex.ended:
                         self.h1.send_continue()
-            elif name != "error" and (ex is None or ex.ended):
+            elif ex is None or ex.ended:
                 continue  # of a request that has been answered already
             elif name == "data":
                 data = event[1]
                 self.request_data(ex, <const unsigned char *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), False)
-            elif name == "end":
-                self.request_data(ex, NULL, 0, True)
             else:
-                if ex is not None and (ex.begun or ex.ended):
-                    self.h1.abort()
-                    continue
-                status, text = event[1], event[2]
-                self.h1_exchange = ex = Exchange.__new__(Exchange)
-                self.answer_fault(ex, http_api.HttpFault(status, HTTPStatus(status).phrase, text))
+                self.request_data(ex, NULL, 0, True)
         self.h1_flush()
         ex = self.h1_exchange
         if self.h1.must_close or self.h1.idle or not (ex is None or ex.page is not None):
@@ -432,10 +436,9 @@ cdef class HttpWire(Link):
                 raise MemoryError()
             memcpy(p, PyBytes_AS_STRING(out), PyBytes_GET_SIZE(out))
             self.h1_out.n += PyBytes_GET_SIZE(out)
-            self.wrote()
         if self.h1.must_close:
             self.closing = True
-        return 0
+        return self.wrote() if out else 0
 
     # ---- from the engine -------------------------------------------------------------------------------------------------
 
@@ -528,12 +531,14 @@ cdef class HttpWire(Link):
     cdef int h2_closed(self, Http2Stream h2) except -1:
         cdef Exchange ex = h2.data
         cdef StreamBase stream
+        if self.is_client:
+            return 0
         if ex is None:
             # malformed: no handler was started, so nothing else gives the place among the streams back
-            return 0 if self.is_client else self.engine.release(h2)
-        stream = ex.stream
-        if self.is_client or stream is None:
+            return self.engine.release(h2)
+        if ex.stream is None:
             return 0
+        stream = ex.stream
         if stream.state & S_SENDING:
             stream.state &= ~S_SENDING
             return stream.on_sent()
@@ -608,8 +613,7 @@ cdef class HttpWire(Link):
     cdef bint answer_fixed(self, Http2Stream h2, list headers) except -1:
         """Answer ``GET`` of a page that never changes, whatever the other headers say; False if it is something else."""
         cdef object name
-        cdef object path = None
-        cdef tuple reply
+        cdef tuple reply = None
         cdef bytes body
         for pair in headers:
             name = (<tuple>pair)[0]
@@ -617,10 +621,11 @@ cdef class HttpWire(Link):
                 if (<tuple>pair)[1] != b"GET":
                     return False
             elif name is _PATH:
-                path = (<tuple>pair)[1]
-            elif path is not None:
-                break
-        reply = self.fixed.get(path)
+                reply = self.fixed.get((<tuple>pair)[1])
+                if reply is None:
+                    return False
+            elif name is _ID:
+                return False  # it belongs into the answer
         if reply is None:
             return False
         body = reply[1]
@@ -925,7 +930,10 @@ cdef class HttpWire(Link):
             status, headers, body = self.pages(page)
         except http_api.HttpFault as fault:
             return self.answer_fault(ex, fault)
-        self.answer(ex, status, [*headers, (_LENGTH, str(len(body)).encode())], body)
+        fields = [*headers, (_LENGTH, str(len(body)).encode())]
+        if ex.request_id is not None:
+            fields.append((_ID, (<str>ex.request_id).encode("latin-1")))
+        self.answer(ex, status, fields, body)
         return self.reply_ended(ex)
 
     cdef int answer_fault(self, Exchange ex, object fault) except -1:
@@ -973,14 +981,18 @@ cdef class HttpWire(Link):
             self.engine.release(ex.h2)
         elif ex is self.h1_exchange:
             self.h1_exchange = None
-            if self.h1.must_close:
+            if self.h1.must_close or self.draining:
                 self.closing = True
-            elif not self.in_h1_next:
-                self.in_h1_next = True
-                try:
-                    self.h1_received()  # a pipelined request may be waiting
-                finally:
-                    self.in_h1_next = False
+            else:
+                self.h1_again = True  # a pipelined request may be waiting
+                if not self.in_h1_next:
+                    self.in_h1_next = True
+                    try:
+                        while self.h1_again and not self.dead:
+                            self.h1_again = False
+                            self.h1_received()
+                    finally:
+                        self.in_h1_next = False
         return 0
 
     cdef bint may_send(self, StreamBase stream) except -1:

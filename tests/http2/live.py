@@ -199,7 +199,7 @@ class Raw:
                 body += frame.body
             if frame.end_stream:
                 fields = self.fields[stream][0]
-                return int(fields[b":status"]), fields, body
+                return int(fields[b":status"]), fields, body.removesuffix(b"\n")  # JSON ends its line, for terminals
 
     # as a server
 
