@@ -529,8 +529,7 @@ cdef class HttpWire(Link):
         cdef Exchange ex = h2.data
         cdef StreamBase stream
         if ex is None:
-            # malformed: no handler was started, so nothing else gives the place among the streams back
-            return 0 if self.is_client else self.engine.release(h2)
+            return 0
         stream = ex.stream
         if self.is_client or stream is None:
             return 0
