@@ -95,7 +95,7 @@ async def test_node_headers_trailers_and_pages(managers: Managers, node_server: 
         assert head[":authority"] == f"127.0.0.1:{server.port}"
         for name in ("trailers", "informational"):
             assert await Direct(manager, address(server), f"f.w.{name}").call({"a": 1}) == {"a": 1}
-        with pytest.raises(dynwire.PeerLost, match="503.*out to lunch"):
+        with pytest.raises(dynwire.PeerLost, match=r"503.*out to lunch"):
             await Direct(manager, address(server), "f.w.page").call({})
         with pytest.raises(dynwire.ProtocolError, match="please log in"):
             await Direct(manager, address(server), "f.w.login").call({})
@@ -106,12 +106,13 @@ async def test_node_headers_trailers_and_pages(managers: Managers, node_server: 
 async def test_node_not_processed(managers: Managers, node_server: NodeServer, mode: str, known_at: Callable[..., Any]) -> None:
     """REFUSED_STREAM, GOAWAY with a lower last stream, a graceful close: what was not processed is sent again, unseen."""
     server = node_server(mode)
-    async with managers(request_plane="http", codec="json") as manager:
-        async with known_at(manager, "f.w.echo", address(server)) as client:
-            for n in range(6):
-                assert await client.call({"n": n}) == {"n": n}
-            found = await asyncio.gather(*(client.call({"n": n}) for n in range(20)))
-            assert found == numbers(20)
+    async with (
+        managers(request_plane="http", codec="json") as manager,
+        known_at(manager, "f.w.echo", address(server)) as client,
+    ):
+        for n in range(6):
+            assert await client.call({"n": n}) == {"n": n}
+        assert await asyncio.gather(*(client.call({"n": n}) for n in range(20))) == numbers(20)
     said = server.said()
     assert {"refuse-first": "refused", "goaway": "goaway", "close": "leaving"}[mode] in said, said
 
