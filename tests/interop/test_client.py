@@ -119,10 +119,12 @@ async def test_node_not_processed(managers: Managers, node_server: NodeServer, m
 
 # hypercorn -------------------------------------------------------------------------------------------------------------------
 
+# --workers 0: in the process itself; its worker processes would outlive it when it is killed
+
 
 async def test_hypercorn(managers: Managers, start_foreign: StartForeign, free_port: int) -> None:
     module("hypercorn", "hypercorn")
-    command = [sys.executable, "-m", "hypercorn", "--bind", f"127.0.0.1:{free_port}", "asgi:app"]
+    command = [sys.executable, "-m", "hypercorn", "--workers", "0", "--bind", f"127.0.0.1:{free_port}", "asgi:app"]
     server = start_foreign(command, free_port, HERE)
     async with managers(request_plane="http", codec="json") as manager:
         assert await Direct(manager, address(server), "f.w.version").call({}) == "2"
@@ -141,7 +143,7 @@ async def test_hypercorn_ends_connections(
     """
     module("hypercorn", "hypercorn")
     (tmp_path / "hypercorn.toml").write_text(f'bind = "127.0.0.1:{free_port}"\nkeep_alive_max_requests = 10\n')
-    command = [sys.executable, "-m", "hypercorn", "--config", str(tmp_path / "hypercorn.toml"), "asgi:app"]
+    command = [sys.executable, "-m", "hypercorn", "--workers", "0", "--config", str(tmp_path / "hypercorn.toml"), "asgi:app"]
     server = start_foreign(command, free_port, HERE)
     async with managers(request_plane="http", codec="json") as manager, known_at(manager, "f.w.echo", address(server)) as client:
         async with asyncio.timeout(PATIENCE_S):
