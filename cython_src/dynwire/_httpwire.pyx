@@ -533,10 +533,7 @@ cdef class HttpWire(Link):
         cdef StreamBase stream
         if self.is_client:
             return 0
-        if ex is None:
-            # malformed: no handler was started, so nothing else gives the place among the streams back
-            return self.engine.release(h2)
-        if ex.stream is None:
+        if ex is None or ex.stream is None:
             return 0
         stream = ex.stream
         if stream.state & S_SENDING:

@@ -22,7 +22,7 @@ class SocketPeer(Peer):
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def fields(self, method: bytes = b"GET", *extra: f.Field) -> list[f.Field]:
-        """A POST goes to an endpoint, which a request's body keeps waiting; everything else to a page that is smaller than any window of a case."""
+        """A POST goes to an endpoint, which waits for the body; all else to a page that is smaller than any window of a case."""
         path = self.post_path if method == b"POST" else b"/live"
         return [(name, path if name == b":path" else value) for name, value in super().fields(method, *extra)]
 

@@ -1,4 +1,4 @@
-"""nginx in front of a worker: in HTTP/1.1 and HTTP/2 on its front side, in HTTP/1.1 (proxy_pass) and HTTP/2 (grpc_pass) behind."""
+"""nginx in front of a worker: HTTP/1.1 and HTTP/2 on its front side, HTTP/1.1 (proxy_pass) and HTTP/2 (grpc_pass) behind."""
 
 from __future__ import annotations
 
