@@ -38,6 +38,7 @@ class RequestOptions:
         channel_buffer: int = 100,
         keepalive_interval: float = 10.0,
         keepalive_timeout: float = 10.0,
+        keepalive_setting: str = "DYNWIRE_TCP_KEEPALIVE_TIMEOUT",
         spin_us: float = 0.0,
     ) -> None: ...
 

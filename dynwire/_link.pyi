@@ -16,6 +16,7 @@ class Link:
     channel_buffer: int
     keepalive_interval: float
     keepalive_timeout: float
+    keepalive_setting: str
     @property
     def is_client(self) -> bool: ...
     @property

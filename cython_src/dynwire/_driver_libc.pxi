@@ -245,10 +245,11 @@ cdef class RequestOptions:
     cdef int channel_buffer
     cdef double keepalive_interval
     cdef double keepalive_timeout
+    cdef str keepalive_setting     # its name, for the error
     cdef double spin_s
 
     def __init__(self, *, accept_timeout, connect_timeout=3.0, total_timeout=None, codec="msgpack", channel_buffer=100,
-                 keepalive_interval=10.0, keepalive_timeout=10.0, spin_us=0.0):
+                 keepalive_interval=10.0, keepalive_timeout=10.0, keepalive_setting="DYNWIRE_TCP_KEEPALIVE_TIMEOUT", spin_us=0.0):
         self.accept_timeout = accept_timeout
         self.connect_timeout = connect_timeout
         self.total_timeout = INFINITY if total_timeout is None else total_timeout
@@ -256,12 +257,14 @@ cdef class RequestOptions:
         self.channel_buffer = channel_buffer
         self.keepalive_interval = keepalive_interval
         self.keepalive_timeout = keepalive_timeout
+        self.keepalive_setting = keepalive_setting
         self.spin_s = spin_us * 1e-6
 
     cdef apply(self, Link conn):
         conn.channel_buffer = self.channel_buffer
         conn.keepalive_interval = self.keepalive_interval
         conn.keepalive_timeout = self.keepalive_timeout
+        conn.keepalive_setting = self.keepalive_setting
 
 
 cdef inline double _or_infinity(object value) except? -1.0:
@@ -403,7 +406,7 @@ cdef object silent_error(Link conn, double now):
     quiet = now - max(conn.last_rx, conn.live_since)
     return PeerLost(
         f"{conn.peer} gave no sign of life for {quiet:.3g} s (a ping was not answered within {conn.keepalive_timeout:.3g} s, "
-        "DYNWIRE_TCP_KEEPALIVE_TIMEOUT)", peer=conn.peer, sent="maybe",
+        f"{conn.keepalive_setting})", peer=conn.peer, sent="maybe",
     )  # fmt: skip
 
 

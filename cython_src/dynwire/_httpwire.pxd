@@ -75,6 +75,7 @@ cdef class HttpWire(Link):
     cdef double handshake_s, stall_s   # as for the engine
     cdef readonly size_t body_bytes    # of requests that have not been answered
     cdef bint in_h1_next
+    cdef bint h1_again             # look for a further request when the one at hand is dealt with
     cdef public dict fixed         # path -> (header list, body): pages that are the same for everybody
     cdef bytes id_prefix
     cdef public dict routes        # path -> endpoint, of usual requests; servers share one among their connections

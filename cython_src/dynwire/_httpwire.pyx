@@ -342,7 +342,8 @@ cdef class HttpWire(Link):
 
     cdef int sniff(self) except -1:
         """(server) Which protocol are the first bytes?"""
-        head = PyBytes_FromStringAndSize(<char *>self.early_in.p, min(self.early_in.n, <size_t>64))
+        # A request line is told by its end, or by its length (http1.TARGET_LIMIT).
+        head = PyBytes_FromStringAndSize(<char *>self.early_in.p, min(self.early_in.n, <size_t>(8192 + 128)))
         if head[:4] == b"PRI ":
             return self.switch_to_h2()
         from .wire import http1  # and with it h11
@@ -383,12 +384,23 @@ cdef class HttpWire(Link):
     cdef int h1_received(self) except -1:
         cdef Exchange ex
         cdef bytes data
+        if self.closing:  # the driver reads on so that the last reply arrives, not because anybody wants it
+            self.early_in.n = 0
+            return 0
         chunk = PyBytes_FromStringAndSize(<char *>self.early_in.p, self.early_in.n)
         self.early_in.n = 0
         for event in self.h1.receive(chunk):
             name = event[0]
             ex = self.h1_exchange
-            if name == "request":
+            if name == "error":
+                status, text = event[1], event[2]
+                if ex is not None and ex.stream is not None:  # in the middle of its body
+                    self.refuse_exchange(ex, ProtocolError(text, peer=self.peer, sent="no", phase="receive"))
+                elif ex is None or not ex.ended:
+                    if ex is None:
+                        ex = self.h1_exchange = Exchange.__new__(Exchange)
+                    self.answer_fault(ex, http_api.HttpFault(status, HTTPStatus(status).phrase, text))
+            elif name == "request":
                 ex = self.h1_exchange = self.read_or_refuse(event[1], None)
                 if ex is not None:
                     self.request_began(ex, False)
@@ -399,12 +411,8 @@ cdef class HttpWire(Link):
             elif name == "data":
                 data = event[1]
                 self.request_data(ex, <const unsigned char *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), False)
-            elif name == "end":
-                self.request_data(ex, NULL, 0, True)
             else:
-                status, text = event[1], event[2]
-                self.h1_exchange = ex = Exchange.__new__(Exchange)
-                self.answer_fault(ex, http_api.HttpFault(status, HTTPStatus(status).phrase, text))
+                self.request_data(ex, NULL, 0, True)
         self.h1_flush()
         ex = self.h1_exchange
         if self.h1.must_close or self.h1.idle or not (ex is None or ex.page is not None):
@@ -428,10 +436,9 @@ cdef class HttpWire(Link):
                 raise MemoryError()
             memcpy(p, PyBytes_AS_STRING(out), PyBytes_GET_SIZE(out))
             self.h1_out.n += PyBytes_GET_SIZE(out)
-            self.wrote()
         if self.h1.must_close:
             self.closing = True
-        return 0
+        return self.wrote() if out else 0
 
     # ---- from the engine -------------------------------------------------------------------------------------------------
 
@@ -524,11 +531,14 @@ cdef class HttpWire(Link):
     cdef int h2_closed(self, Http2Stream h2) except -1:
         cdef Exchange ex = h2.data
         cdef StreamBase stream
+        if self.is_client:
+            return 0
         if ex is None:
+            # malformed: no handler was started, so nothing else gives the place among the streams back
+            return self.engine.release(h2)
+        if ex.stream is None:
             return 0
         stream = ex.stream
-        if self.is_client or stream is None:
-            return 0
         if stream.state & S_SENDING:
             stream.state &= ~S_SENDING
             return stream.on_sent()
@@ -603,8 +613,7 @@ cdef class HttpWire(Link):
     cdef bint answer_fixed(self, Http2Stream h2, list headers) except -1:
         """Answer ``GET`` of a page that never changes, whatever the other headers say; False if it is something else."""
         cdef object name
-        cdef object path = None
-        cdef tuple reply
+        cdef tuple reply = None
         cdef bytes body
         for pair in headers:
             name = (<tuple>pair)[0]
@@ -612,10 +621,11 @@ cdef class HttpWire(Link):
                 if (<tuple>pair)[1] != b"GET":
                     return False
             elif name is _PATH:
-                path = (<tuple>pair)[1]
-            elif path is not None:
-                break
-        reply = self.fixed.get(path)
+                reply = self.fixed.get((<tuple>pair)[1])
+                if reply is None:
+                    return False
+            elif name is _ID:
+                return False  # it belongs into the answer
         if reply is None:
             return False
         body = reply[1]
@@ -704,6 +714,8 @@ cdef class HttpWire(Link):
                         if self.token is None or hmac.compare_digest(authorization or b"", b"Bearer " + <bytes>self.token):
                             return ex
         head = http_api.parse_head(headers, self.root)
+        if ex.length < 0:  # names from HTTP/1.1 are not the objects that were compared above
+            ex.length = _digits(dict(headers).get(_LENGTH, b""))
         ex.is_head = head.method == "HEAD"
         ex.request_id = head.request_id or None
         if self.token is not None and head.page not in ("live", "ready"):
@@ -918,7 +930,10 @@ cdef class HttpWire(Link):
             status, headers, body = self.pages(page)
         except http_api.HttpFault as fault:
             return self.answer_fault(ex, fault)
-        self.answer(ex, status, [*headers, (_LENGTH, str(len(body)).encode())], body)
+        fields = [*headers, (_LENGTH, str(len(body)).encode())]
+        if ex.request_id is not None:
+            fields.append((_ID, (<str>ex.request_id).encode("latin-1")))
+        self.answer(ex, status, fields, body)
         return self.reply_ended(ex)
 
     cdef int answer_fault(self, Exchange ex, object fault) except -1:
@@ -966,14 +981,18 @@ cdef class HttpWire(Link):
             self.engine.release(ex.h2)
         elif ex is self.h1_exchange:
             self.h1_exchange = None
-            if self.h1.must_close:
+            if self.h1.must_close or self.draining:
                 self.closing = True
-            elif not self.in_h1_next:
-                self.in_h1_next = True
-                try:
-                    self.h1_received()  # a pipelined request may be waiting
-                finally:
-                    self.in_h1_next = False
+            else:
+                self.h1_again = True  # a pipelined request may be waiting
+                if not self.in_h1_next:
+                    self.in_h1_next = True
+                    try:
+                        while self.h1_again and not self.dead:
+                            self.h1_again = False
+                            self.h1_received()
+                    finally:
+                        self.in_h1_next = False
         return 0
 
     cdef bint may_send(self, StreamBase stream) except -1:
@@ -1060,6 +1079,8 @@ cdef class HttpWire(Link):
             elif ex.h2 is None:
                 self.h1_flush()
             return 0
+        if ex.shape == SH_RAW and ex.begun:  # the bytes are the item: nothing to encode
+            return self.reply_data(ex, p, n, None, last)
         if ex.encoder is None:
             ex.encoder = http_api.reply_encoder(_SHAPE_NAMES[ex.shape], not last, kind)
         if ex.shape == SH_RAW and ex.begun:
@@ -1138,7 +1159,11 @@ cdef class HttpWire(Link):
     # ---- client ----------------------------------------------------------------------------------------------------------
 
     cdef bint may_request(self):
-        return self.engine.live < self.max_streams and self.live < self.max_streams and not self.engine.draining
+        if self.engine.live >= self.max_streams:
+            # A call ends with its last byte, its stream a moment later: nobody asks again then unless the engine says so.
+            self.engine.wants_capacity = True
+            return False
+        return self.live < self.max_streams and not self.engine.draining
 
     cdef list prefix_of(self, str endpoint):
         cdef list fields = self.prefixes.get(endpoint)

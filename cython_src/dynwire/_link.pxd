@@ -95,6 +95,7 @@ cdef class Link:
     cdef public int channel_buffer            # requests that may wait for the writer, a free stream or credit
     cdef public double keepalive_interval
     cdef public double keepalive_timeout
+    cdef public str keepalive_setting         # its name, for the error
     cdef object pending                       # deque of requests that wait for a free stream or for credit
     cdef double live_since
     cdef double ping_at

@@ -460,7 +460,8 @@ cdef class Link:
         if now >= quiet_since + self.keepalive_interval:
             self.put_ping()
             self.ping_sent = now
-            self.ping_at = now + self.keepalive_timeout
+            # An answer does not move this: with a timeout longer than the interval the next PING would have to wait for it.
+            self.ping_at = now + min(self.keepalive_timeout, self.keepalive_interval)
         else:
             self.ping_at = quiet_since + self.keepalive_interval
         return True

@@ -58,6 +58,7 @@ def request_options(config: Config) -> RequestOptions:
         channel_buffer=config.tcp.channel_buffer,
         keepalive_interval=config.http.keep_alive_interval,
         keepalive_timeout=config.http.keep_alive_timeout,
+        keepalive_setting="DYN_HTTP2_KEEP_ALIVE_TIMEOUT_SECS",
         spin_us=config.tcp.spin_us,
     )
 
