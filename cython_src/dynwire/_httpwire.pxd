@@ -73,7 +73,7 @@ cdef class HttpWire(Link):
     cdef double head_at            # when the head of a request has to be there; infinity: none has begun
     cdef double handshake_s, stall_s   # as for the engine
     cdef readonly size_t body_bytes    # of requests that have not been answered
-    cdef bint in_h1_next
+    cdef bint in_h1_next, h1_again
     cdef public dict routes        # path -> endpoint, of usual requests; servers share one among their connections
     # client
     cdef dict prefixes             # endpoint -> constant header fields

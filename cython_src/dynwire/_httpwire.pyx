@@ -945,10 +945,14 @@ cdef class HttpWire(Link):
             self.h1_exchange = None
             if self.h1.must_close:
                 self.closing = True
-            elif not self.in_h1_next:
-                self.in_h1_next = True
+            elif self.in_h1_next:
+                self.h1_again = True
+            else:
+                self.in_h1_next = self.h1_again = True
                 try:
-                    self.h1_received()  # a pipelined request may be waiting
+                    while self.h1_again:  # a pipelined request may be waiting, and may be answered at once
+                        self.h1_again = False
+                        self.h1_received()
                 finally:
                     self.in_h1_next = False
         return 0
