@@ -1,4 +1,4 @@
-"""Attacks over HTTP/2 (HTTP2.md section 3): the connection ends with the fitting code, at bounded cost, and others do not notice."""
+"""Attacks over HTTP/2 (HTTP2.md section 3): the connection ends with the fitting code, at bounded cost; others are served."""
 
 from __future__ import annotations
 
