@@ -125,7 +125,7 @@ def connect_error(address: str, error: OSError) -> ConnectError:
 
 def connect_timeout(address: str, seconds: float) -> ConnectError:
     return ConnectError(
-        f"no connection to {address} within {seconds:g} s (DYN_TCP_CONNECT_TIMEOUT): host down, packets dropped, or a listener "
+        f"no connection to {address} within {seconds:.3g} s (DYN_TCP_CONNECT_TIMEOUT): host down, packets dropped, or a listener "
         "that does not speak",
         peer=address,
     )
