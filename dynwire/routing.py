@@ -268,6 +268,10 @@ class InstanceTable:
 
     def report_failure(self, entry: Entry, error: DynwireError) -> None:
         """A request failed; sets the entry aside if the error is the instance's."""
+        if error.details.get("refused") and error.sent == "no" and not entry.probing:
+            # The peer is alive and said so: it takes no more on this connection (GOAWAY, REFUSED_STREAM), perhaps on the next.
+            # If it has really gone, connecting fails. Setting it aside would fail calls that have nothing to do with it.
+            return
         with self._lock:
             if self._by_id.get(entry.instance.id) is not entry:
                 return

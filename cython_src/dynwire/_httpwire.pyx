@@ -505,7 +505,9 @@ cdef class HttpWire(Link):
             return stream.on_cancel(2)
         if code == REFUSED_STREAM:
             stream.state &= ~S_WRITTEN
-            error = PeerLost(f"{self.peer} did not process the request (REFUSED_STREAM)", peer=self.peer, sent="no")
+            error = PeerLost(
+                f"{self.peer} did not process the request (REFUSED_STREAM)", peer=self.peer, sent="no", details={"refused": True}
+            )
         elif not remote:
             error = ProtocolError(
                 f"{self.peer} broke HTTP/2 on this request's stream ({error_name(code)})", peer=self.peer, sent="maybe",
@@ -711,8 +713,8 @@ cdef class HttpWire(Link):
                         if self.token is None or hmac.compare_digest(authorization or b"", b"Bearer " + <bytes>self.token):
                             return ex
         head = http_api.parse_head(headers, self.root)
-        if ex.length < 0:  # names from HTTP/1.1 are not the objects that were compared above
-            ex.length = _digits(dict(headers).get(_LENGTH, b""))
+        if head.content_length is not None:
+            ex.length = head.content_length  # names of HTTP/1.1 are not interned, so the loop above has not seen it
         ex.is_head = head.method == "HEAD"
         ex.request_id = head.request_id or None
         if self.token is not None and head.page not in ("live", "ready"):

@@ -354,7 +354,7 @@ async def test_keep_alive_timeout(face: str) -> None:
 async def test_a_stopped_worker(face: str, start_worker: StartWorker) -> None:
     worker = start_worker(request_plane="http", http_host="127.0.0.1", http_port=0, discovery_ttl=60)
     async with managing(face, http_keep_alive_interval=0.05, http_keep_alive_timeout=0.2) as manager:
-        client = await manager.client("test.faults.echo")
+        client = await manager.client("f.w.echo")
         assert await client.call(1) == 1
         worker.signal(signal.SIGSTOP)
         with pytest.raises(PeerLost, match="no sign of life"):

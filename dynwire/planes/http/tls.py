@@ -21,10 +21,21 @@ def server_context(config: Config) -> ssl.SSLContext | None:
     try:
         context.load_cert_chain(http.tls_cert, http.tls_key)
     except (OSError, ssl.SSLError) as error:
+        if http.tls_key is not None and _is_certificate(http.tls_cert):
+            allowed = "a PEM file with the key of DYNWIRE_HTTP_TLS_CERT"
+            raise _unusable("DYNWIRE_HTTP_TLS_KEY", http.tls_key, allowed, error) from error
         allowed = "a PEM file, with its key in it or in DYNWIRE_HTTP_TLS_KEY"
         raise _unusable("DYNWIRE_HTTP_TLS_CERT", http.tls_cert, allowed, error) from error
     context.set_alpn_protocols(ALPN)
     return context
+
+
+def _is_certificate(path: str) -> bool:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(path)
+    except (OSError, ssl.SSLError):
+        return False
+    return True
 
 
 def client_context(config: Config) -> ssl.SSLContext:

@@ -47,9 +47,14 @@ def check_plane(instance: Instance, plane: str) -> None:
 def handshake_error(address: str, error: DynwireError) -> DynwireError:
     """What a caller sees when the connection ended before the server's HELLO."""
     if isinstance(error, PeerLost):
+        tls = ""
+        if address.startswith("https://"):
+            tls = ", it may speak no TLS (DYNWIRE_HTTP_TLS_CERT on its side)"
+        elif address.startswith("http://"):
+            tls = ", it may speak TLS only (then its address begins with https)"
         made = ConnectError(
             f"{address} closed the connection during the handshake: it may not be a dynwire worker on this plane "
-            "(check DYN_REQUEST_PLANE on both sides), or it is shutting down",
+            f"(check DYN_REQUEST_PLANE on both sides){tls}, or it is shutting down",
             peer=address,
         )
         made.__cause__ = error
@@ -140,7 +145,11 @@ class ConnectionPool:
         raise problem or OSError(f"no address for {host}")
 
     async def _handshake(self, sock: socket.socket) -> None:
-        connection = self._dialler.connection(self._loop, sock, self.address)
+        try:
+            connection = self._dialler.connection(self._loop, sock, self.address)
+        except BaseException:  # DYNWIRE_HTTP_TLS_CA, say
+            sock.close()
+            raise
         waiter: asyncio.Future[Any] = self._loop.create_future()
         connection.on_closed = self._gone
         connection.on_saturated = self._saturated
