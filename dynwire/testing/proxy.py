@@ -118,7 +118,9 @@ class _Connection:
 
 
 class FaultProxy:
-    """Forwards connections to ``target`` (``host:port``) with faults; lives on the event loop it is started on.
+    """Forwards connections to ``target`` with faults; lives on the event loop it is started on.
+
+    ``target`` is ``host:port`` or, as workers of the http plane have it, ``http://host:port/root``.
 
     ``to_server`` and ``to_client`` hold for every connection; ``plan`` is asked for each one by its number, from 0, instead.
     """
@@ -126,12 +128,15 @@ class FaultProxy:
     def __init__(
         self, target: str, *, to_server: Faults | None = None, to_client: Faults | None = None, plan: Plan | None = None
     ):
-        host, _, port = target.rpartition(":")
+        scheme, separator, rest = target.rpartition("://")
+        authority, slash, root = rest.partition("/")
+        host, _, port = authority.rpartition(":")
         self.host, self.port = host.strip("[]"), int(port)
+        self._around = (scheme + separator, slash + root)
         both = (to_server or Faults(), to_client or Faults())
         self.plan: Plan = plan or (lambda number: both)
         self.address = ""
-        """where to connect to, ``127.0.0.1:port``"""
+        """where to connect to: ``127.0.0.1:port``, in a URL if the target is one"""
         self.accepted = 0
         """connections so far"""
         self.forwarded = [0, 0]
@@ -146,7 +151,7 @@ class FaultProxy:
         self.flowing.set()
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, limit=CHUNK)
         host, port = self._server.sockets[0].getsockname()[:2]
-        self.address = f"{host}:{port}"
+        self.address = f"{self._around[0]}{host}:{port}{self._around[1]}"
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = _Connection(self, self.accepted)

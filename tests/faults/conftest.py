@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -31,6 +32,60 @@ SLACK_S = 1.0
 """What a busy machine with two cores may add to any moment"""
 
 Managers = Callable[..., AbstractAsyncContextManager[Manager]]
+
+HTTP_NAMES = {
+    "tcp_host": "http_host",
+    "tcp_port": "http_port",
+    "tcp_stream_window": "http_stream_window",
+    "tcp_keepalive_interval": "http_keep_alive_interval",
+    "tcp_keepalive_timeout": "http_keep_alive_timeout",
+}
+"""Settings that the http plane has under names of its own; it obeys the other ``tcp_`` settings too"""
+
+
+def settings_of(plane: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a test for the plane it runs on."""
+    return {HTTP_NAMES.get(name, name) if plane == "http" else name: value for name, value in settings.items()}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "planes(*names): the planes the test is for")
+    config.addinivalue_line("markers", "every_face: on the http plane too the test runs with every API, not with one of them")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "plane" in metafunc.fixturenames:
+        marker = metafunc.definition.get_closest_marker("planes")
+        metafunc.parametrize("plane", marker.args if marker else ("tcp", "http"), indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On the http plane a case runs with one API: half of the cases with each, on asyncio's loop. All would take minutes.
+
+    Which one depends on the case alone, so that it is the same in every run.
+    """
+    cases: dict[str, dict[str, pytest.Item]] = {}
+    for item in items:
+        parameters: dict[str, Any] = item.callspec.params if hasattr(item, "callspec") else {}
+        ours = item.path.is_relative_to(Path(__file__).parent) and {"face", "plane"} <= parameters.keys()
+        if ours and parameters["plane"] == "http" and not item.get_closest_marker("every_face"):
+            others = sorted((name, str(value)) for name, value in parameters.items() if name != "face")
+            cases.setdefault(f"{item.location[0]} {item.location[2].partition('[')[0]} {others}", {})[parameters["face"]] = item
+    dropped = set()
+    for case, by_face in cases.items():
+        faces = sorted(by_face.keys() - {"async-uvloop"}) or sorted(by_face)
+        dropped |= {item for face, item in by_face.items() if face != faces[zlib.crc32(case.encode()) % len(faces)]}
+    config.hook.pytest_deselected(items=list(dropped))
+    items[:] = [item for item in items if item not in dropped]
+
+
+@pytest.fixture
+def plane(request: pytest.FixtureRequest, clean_env: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The request plane of the workers, of the managers and of programs that a test starts."""
+    name: str = getattr(request, "param", "tcp")
+    for variable, value in (("REQUEST_PLANE", name), ("HTTP_RPC_HOST", "127.0.0.1"), ("HTTP_RPC_PORT", "0")):
+        monkeypatch.setenv(f"DYN_{variable}", value)
+    return name
 
 
 class Worker:
@@ -88,12 +143,12 @@ StartWorker = Callable[..., Worker]
 
 
 @pytest.fixture
-def start_worker(discovery_dir: Path, tmp_path: Path) -> Iterator[StartWorker]:
+def start_worker(plane: str, discovery_dir: Path, tmp_path: Path) -> Iterator[StartWorker]:
     """``start_worker("uvloop", tcp_request_timeout=1)``: a process with the handlers of worker.py, registered and serving."""
     started: list[Worker] = []
 
     def start(loop: str = "asyncio", **settings: object) -> Worker:
-        arguments = [f"{name}={value}" for name, value in settings.items()]
+        arguments = [f"{name}={value}" for name, value in settings_of(plane, settings).items()]
         command = [sys.executable, "-X", "faulthandler", str(PROGRAM), loop, *arguments]
         worker = Worker(command, tmp_path / f"stderr-{len(started)}")
         started.append(worker)
@@ -126,7 +181,7 @@ def loop_factory(face: str, leak_guard: None) -> Callable[[], asyncio.AbstractEv
 
 
 @pytest.fixture
-def managers(face: str, discovery_dir: Path) -> Managers:
+def managers(face: str, plane: str, discovery_dir: Path) -> Managers:
     """``async with managers(setting=…) as manager``: a manager of the API under test, closed at the end."""
     threads = ThreadPoolExecutor(64, thread_name_prefix="test-body")
 
@@ -135,7 +190,8 @@ def managers(face: str, discovery_dir: Path) -> Managers:
         asyncio.get_running_loop().set_default_executor(threads)
         cls = dynwire.NetworkManager if face == "blocking" else dynwire.AsyncNetworkManager
         # A stopped worker must not vanish from discovery while a test looks at what its callers see.
-        manager = Manager(cls(**{"request_plane": "tcp", "tcp_host": "127.0.0.1", "discovery_ttl": 60.0, **settings}))
+        defaults: dict[str, Any] = {"request_plane": plane, "tcp_host": "127.0.0.1", "discovery_ttl": 60.0}
+        manager = Manager(cls(**settings_of(plane, {**defaults, **settings})))
         try:
             yield manager
         finally:
@@ -144,8 +200,12 @@ def managers(face: str, discovery_dir: Path) -> Managers:
     return make
 
 
+def plane_of(address: str) -> str:
+    return "http" if address.startswith("http://") else "tcp"
+
+
 @asynccontextmanager
-async def known_as(manager: Manager, endpoint: str, address: str, directory: Path, plane: str = "tcp") -> AsyncIterator[Client]:
+async def known_as(manager: Manager, endpoint: str, address: str, directory: Path, plane: str = "") -> AsyncIterator[Client]:
     """A client of ``manager`` for an endpoint that discovery says is at ``address``: a proxy, or something foreign."""
     namespace, component, name = endpoint.split(".")
     discovery = FileDiscovery(str(directory), ttl=60.0)
@@ -155,7 +215,7 @@ async def known_as(manager: Manager, endpoint: str, address: str, directory: Pat
         namespace=namespace,
         component=component,
         endpoint=name,
-        plane=plane,
+        plane=plane or plane_of(address),
         address=address,
     )
     await discovery.register(instance)
@@ -172,7 +232,7 @@ class DirectClient:
         self._manager = manager
         self._plane: Any = None
         namespace, component, name = endpoint.split(".")
-        self.instance = dynwire.Instance(1, namespace, component, name, "tcp", address)
+        self.instance = dynwire.Instance(1, namespace, component, name, plane_of(address), address)
         self.blocking = isinstance(manager.real, dynwire.NetworkManager)
 
     async def _channel(self) -> Any:

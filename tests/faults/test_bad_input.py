@@ -67,6 +67,7 @@ async def test_an_unknown_endpoint(managers: Managers, start_worker: StartWorker
         assert seconds < 2
 
 
+@pytest.mark.planes("tcp")
 async def test_a_port_in_use(managers: Managers) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -78,6 +79,7 @@ async def test_a_port_in_use(managers: Managers) -> None:
             assert await manager.list_instances("f.here.echo") == ()
 
 
+@pytest.mark.planes("tcp")
 async def test_an_address_of_somebody_else(managers: Managers) -> None:
     async with managers(tcp_host="192.0.2.1") as manager:
         error, _ = await fails(manager.serve("f.here.echo", echo), BindError)
@@ -85,6 +87,7 @@ async def test_an_address_of_somebody_else(managers: Managers) -> None:
         assert "DYN_TCP_RPC_HOST" in str(error)
 
 
+@pytest.mark.planes("tcp")
 async def test_an_unwritable_discovery_directory(managers: Managers, tmp_path: Path) -> None:
     file = tmp_path / "a-file"
     file.write_text("")

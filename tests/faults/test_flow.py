@@ -18,7 +18,7 @@ from .conftest import DirectClient, Managers, StartWorker, fails
 @pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
 async def test_a_slow_reader_makes_only_its_own_writer_wait(managers: Managers, start_worker: StartWorker, loop: str) -> None:
     worker = start_worker(loop)
-    async with managers(tcp_pool_size=1) as manager:
+    async with managers(tcp_pool_size=1, http_stream_window=262_144, http_adaptive_window=False) as manager:
         endless = DirectClient(manager, "f.w.endless", worker.address)
         others = [DirectClient(manager, name, worker.address) for name in ("f.w.echo", "f.w.counted_stream")]
         for other in others:  # one plane client, hence the same connection
@@ -40,7 +40,8 @@ async def test_a_slow_reader_makes_only_its_own_writer_wait(managers: Managers, 
 
 async def test_a_peer_that_does_not_read(managers: Managers, start_worker: StartWorker) -> None:
     """At most DYN_TCP_CHANNEL_BUFFER requests wait for the writer; the next one is refused at once."""
-    worker = start_worker()
+    # on the http plane a request waits for the worker's windows first: they must not be what stops it
+    worker = start_worker(http_stream_window=1 << 25, http_connection_window=1 << 26)
     async with managers(tcp_channel_buffer=10, tcp_pool_size=1, tcp_stream_window=65536) as manager:
         client = DirectClient(manager, "f.w.echo", worker.address)
         await client.call(0)

@@ -22,6 +22,8 @@ from tests.plane.faces import eventually
 
 from .conftest import DirectClient, Managers, StartWorker, fails, in_time
 
+pytestmark = pytest.mark.planes("tcp")  # tests/http2 and tests/attacks have the foreign peers of the http plane
+
 only_once = pytest.mark.parametrize("face", ["async-asyncio"], indirect=True)
 
 

@@ -187,6 +187,7 @@ async def test_the_proxy_itself(face: str) -> None:
     await server.wait_closed()
 
 
+@pytest.mark.planes("tcp")
 @pytest.mark.parametrize("face", ["blocking"], indirect=True)
 def test_the_proxy_for_blocking_code(start_worker: StartWorker, face: str) -> None:
     import socket

@@ -19,6 +19,7 @@ from tests.plane.faces import Client, eventually
 from .conftest import GRACE_S, SLACK_S, Managers, StartWorker, Worker, fails, in_time, recovers
 
 
+@pytest.mark.every_face
 async def test_killed_before_accept(managers: Managers, start_worker: StartWorker) -> None:
     worker = start_worker()
     async with managers(tcp_pool_size=1) as manager:
@@ -55,6 +56,7 @@ async def test_killed_in_mid_call(managers: Managers, start_worker: StartWorker)
         assert error.request_id is None or isinstance(error.request_id, str)
 
 
+@pytest.mark.every_face
 @pytest.mark.parametrize("items", [1, 5])
 async def test_killed_in_mid_stream(managers: Managers, start_worker: StartWorker, items: int) -> None:
     worker = start_worker()

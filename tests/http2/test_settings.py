@@ -13,7 +13,8 @@ import pytest
 import dynwire
 from dynwire import BindError, ConnectError, DeadlineExceeded, MessageTooLarge, Overloaded, PeerLost, Unauthenticated
 from tests.faults.conftest import StartWorker
-from tests.faults.conftest import start_worker as start_worker  # a fixture
+from tests.faults.conftest import plane as plane  # a fixture, as is start_worker
+from tests.faults.conftest import start_worker as start_worker
 from tests.plane.faces import PATIENCE_S, Signal, eventually
 
 from . import frames as f

@@ -10,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from tests.faults.conftest import DirectClient, StartWorker, face, known_as, loop_factory, managers, start_worker  # noqa: F401
+from tests.faults.conftest import DirectClient, StartWorker, face, known_as, loop_factory, managers, plane, start_worker  # noqa: F401
 from tests.plane.faces import Client, Manager
 
 from . import programs
