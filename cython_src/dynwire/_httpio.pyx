@@ -45,11 +45,13 @@ cdef class HttpServerConnection(AsyncServerConnection):
     cdef int drained(self) except -1:
         if self.closing and not self.dead and self.linger_at == INFINITY and not self.has_output():
             self.linger_at = dw_now() + LINGER_S
-            if self.tls is None:
-                try:
-                    self.sock.shutdown(SHUT_WR)
-                except OSError:  # the peer has reset the connection
-                    self.linger_at = 0.0
+            if self.tls is not None:
+                self.tls.say_goodbye()
+                self.tls.push(self.fd)
+            try:
+                self.sock.shutdown(SHUT_WR)
+            except OSError:  # the peer has reset the connection
+                self.linger_at = 0.0
             self.set_timer()
         return AsyncConnection.drained(self)
 
@@ -73,7 +75,7 @@ cdef class HttpServerConnection(AsyncServerConnection):
     cdef int protocol_failure(self, object error) except -1:
         if self.dead:
             return 0
-        if isinstance(error, PlaneMismatch) and error.theirs.startswith("dynwire"):
+        if isinstance(error, PlaneMismatch) and error.theirs == "the dynwire tcp plane":
             # Its client tells its caller what it got instead of a HELLO; HTTP/1.1 is what it knows by sight.
             body = (str(error) + "\n").encode()
             head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n"

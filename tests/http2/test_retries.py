@@ -151,7 +151,7 @@ async def test_discovery_says_another_plane(face: str, ours: str, theirs: str) -
     async with managing(face, request_plane=theirs) as server, managing(face, request_plane=ours) as caller:
         await server.serve(PATH, echo)
         client = await caller.client(PATH, wait=0)
-        for error in (await outcome(client.wait_for_instances()), await outcome(client.call(1))):
+        for error in (await outcome(client.wait_for_instances(timeout=0.1)), await outcome(client.call(1))):
             assert isinstance(error, PlaneMismatch), error
             assert (error.ours, error.theirs) == (ours, theirs)
             assert all(word in str(error) for word in (ours, theirs, "DYN_REQUEST_PLANE"))
