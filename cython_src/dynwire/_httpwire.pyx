@@ -1180,7 +1180,9 @@ cdef class HttpWire(Link):
         self.engine.now = now
         h2 = self.engine.open_stream()
         if h2 is None:
-            raise PeerLost(f"the connection to {self.peer} takes no further requests", peer=self.peer, sent="no")
+            raise PeerLost(
+                f"the connection to {self.peer} takes no further requests", peer=self.peer, sent="no", details={"refused": True}
+            )
         if self.engine.exhausted and not self.draining:
             # Stream ids are used up: those in flight go on, further requests get another connection (RFC 9113 5.1.1).
             self.draining = True
