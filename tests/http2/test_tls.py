@@ -164,7 +164,11 @@ async def test_a_server_that_does_not_negotiate_http2(face: str, files: Files) -
 @FACES
 @pytest.mark.parametrize(
     ("setting", "variable"),
-    [("http_tls_cert", "DYNWIRE_HTTP_TLS_CERT"), ("http_tls_key", "DYNWIRE_HTTP_TLS_KEY"), ("http_tls_ca", "DYNWIRE_HTTP_TLS_CA")],
+    [
+        ("http_tls_cert", "DYNWIRE_HTTP_TLS_CERT"),
+        ("http_tls_key", "DYNWIRE_HTTP_TLS_KEY"),
+        ("http_tls_ca", "DYNWIRE_HTTP_TLS_CA"),
+    ],
 )
 @pytest.mark.parametrize("kind", ["missing", "no PEM"])
 async def test_unusable_files(face: str, setting: str, variable: str, kind: str, files: Files, tmp_path: Path) -> None:
