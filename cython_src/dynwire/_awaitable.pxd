@@ -49,6 +49,7 @@ cdef class Waiter(StreamBase):
     cdef int fail_with(self, object error, bint direct) except -1
     cdef int rearm(self) except -1
     cdef int give_up(self, Link conn) except -1
+    cdef int ask_to_stop(self, Link conn) except -1
     cdef object timeout_error(self, double now)
 
 cdef class CallFuture(Waiter):

@@ -400,6 +400,15 @@ cdef class Waiter(StreamBase):
                 conn.abandon(self, 2)
         return 0
 
+    cdef int ask_to_stop(self, Link conn) except -1:
+        if conn is None:
+            return 0
+        if self.state & S_PENDING:
+            self.state |= S_STOP_EARLY  # there is no stream to name yet: it is told right after the request
+            return 0
+        conn.put_cancel(self, 1)
+        return conn.wrote()
+
     cdef int on_error(self, int code, bytes body) except -1:
         error = error_from_body(body, peer=self.channel.peer if self.channel is not None else None, request_id=self.request_id())
         return self.fail_with(error, True)
@@ -481,9 +490,7 @@ cdef class CallFuture(Waiter):
         if self.outcome != PENDING:
             return
         if kind == 1:
-            if conn is not None:
-                conn.put_cancel(self, 1)
-                conn.wrote()
+            self.ask_to_stop(conn)
             return
         error = Cancelled("the call was killed by its context", peer=self.channel.peer, sent=self.sent_state(),
                           request_id=self.request_id())  # fmt: skip
@@ -595,7 +602,7 @@ cdef class ItemReader(Waiter):
         cdef Py_ssize_t cost = len(item) + self.source.item_overhead
         if self.closed:
             if not self.source.dead:
-                self.source.consumed(None, cost)
+                self.source.consumed(self, cost)
             return 0
         if kind or self.reply_type is not None:
             try:
@@ -608,7 +615,7 @@ cdef class ItemReader(Waiter):
                 self.finish(error)
                 self.give_up(conn)
                 if not self.source.dead:
-                    self.source.consumed(None, cost)
+                    self.source.consumed(self, cost)
                 return self.wake(False)
         self.add(item, cost)
         if last:
@@ -690,9 +697,7 @@ cdef class ItemReader(Waiter):
         if self.finished:
             return
         if kind == 1:
-            if conn is not None:
-                conn.put_cancel(self, 1)
-                conn.wrote()
+            self.ask_to_stop(conn)
             return
         self.fail_with(
             Cancelled("the stream was killed by its context", peer=self.channel.peer, sent=self.sent_state(),
@@ -718,7 +723,7 @@ cdef class ItemReader(Waiter):
             if self.loop is None or not self.loop.is_closed():
                 self.give_up(conn)
         if cost and self.source is not None and not self.source.dead and (self.loop is None or not self.loop.is_closed()):
-            self.source.consumed(None, cost)
+            self.source.consumed(self, cost)
         if self.waiting:
             self.wake(False)
 

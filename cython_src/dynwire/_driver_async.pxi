@@ -58,12 +58,14 @@ cdef class AsyncConnection(Machine):
         self.in_dispatch = True
         self.flush_at = EARLY_FLUSH
         try:
-            while rounds > 0 and self.reading and not self.dead:
+            while (rounds > 0 or self.tls is not None) and self.reading and not self.dead:
                 rounds -= 1
                 places = self.recv_targets(targets)
                 if self.tls is not None:
-                    n = self.tls.recv(self.fd, &targets[0])
-                    rounds += n > 0  # a record may end anywhere: what is decrypted already has to be taken
+                    # A record may end anywhere: what has been read already has to be taken.
+                    n = self.tls.recv(self.fd, &targets[0], rounds >= 0)
+                    if n == TLS_EMPTY:
+                        break
                 else:
                     n = dw_recv(self.fd, targets, places, MSG_DONTWAIT)
                 if n > 0:
@@ -232,6 +234,8 @@ cdef class AsyncConnection(Machine):
             if not self.reading:
                 self.reading = True
                 self.loop.add_reader(self.fd, self._on_readable)
+                if self.tls is not None:
+                    self.loop.call_soon(self._on_readable)  # for what it had read before it stopped
             self.writable_again()
         if self.on_drained is not None and not self.has_unsent():
             callback, self.on_drained = self.on_drained, None
@@ -241,7 +245,7 @@ cdef class AsyncConnection(Machine):
     @property
     def unsent(self):
         """True while something waits for the socket, or for the peer to read."""
-        return self.has_unsent()
+        return self.has_unsent() or self.tls is not None and self.tls.waiting()
 
     # ---- time ----
 

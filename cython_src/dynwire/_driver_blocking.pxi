@@ -390,7 +390,7 @@ cdef class BlockingConnection(Machine):
         while not self.dead:
             self.recv_targets(targets)
             try:
-                n = self.tls.recv(self.fd, &targets[0])
+                n = self.tls.recv(self.fd, &targets[0], not came)
                 code = errno
             except ConnectError as error:
                 self.lost(error)
@@ -401,6 +401,8 @@ cdef class BlockingConnection(Machine):
                 continue
             if self.tls.waiting():
                 self.write_out(None)  # of the handshake, say
+            if n == TLS_EMPTY:
+                return came  # the reader's own call may be over: others take their turn
             if n == 0 or code != EAGAIN:
                 self.take_in(n, code)
                 return came
@@ -454,7 +456,7 @@ cdef class BlockingConnection(Machine):
         cdef double now, left
         cdef Parker parker = None
         while not settled(call):
-            if self.has_output() and not self.dead:
+            if (self.has_output() or self.tls is not None and self.tls.waiting()) and not self.dead:
                 self.write_out(call)
                 if settled(call):
                     break

@@ -134,13 +134,18 @@ cdef enum:
 
 cdef enum:
     TLS_READ = 65536              # ciphertext read at once
+    TLS_EMPTY = -3
 
 
 cdef class TlsLayer:
     """TLS between a machine and its socket, without I/O of its own but the two calls on the descriptor it is given.
 
     `shaking` is true until the handshake is done; before that nothing of the machine's can be sent.
+
+    Python's `ssl` releases the GIL within an operation, and OpenSSL allows one at a time on an object: one thread may be reading
+    a connection while another one writes it. The lock is reentrant because a finalizer may write.
     """
+    cdef object lock
     cdef object obj
     cdef object incoming
     cdef object outgoing
@@ -151,29 +156,37 @@ cdef class TlsLayer:
     cdef readonly object alpn
 
     def __init__(self, context, bint server_side, hostname, peer):
+        self.lock = threading.RLock()
         self.incoming = ssl.MemoryBIO()
         self.outgoing = ssl.MemoryBIO()
         self.obj = context.wrap_bio(self.incoming, self.outgoing, server_side=server_side, server_hostname=hostname)
         self.peer = peer
         self.shaking = True
 
-    cdef ssize_t recv(self, int fd, dw_chunk *target) except -2:
-        """Plaintext into ``target``: its length, 0 at the end, -1 with errno. Never waits. Raises `ConnectError`."""
+    cdef ssize_t recv(self, int fd, dw_chunk *target, bint from_socket) except -2:
+        """Plaintext into ``target``: its length, 0 at the end, -1 with errno. Never waits. Raises `ConnectError`.
+
+        Without ``from_socket`` only what has been read already, and TLS_EMPTY after that: the socket does not announce it again.
+        """
         cdef char scratch[TLS_READ]
         cdef ssize_t n
         cdef bytes data
         while True:
             try:
-                if self.shaking:
-                    self.obj.do_handshake()
-                    self.shaking = False
-                    self.alpn = self.obj.selected_alpn_protocol()
-                data = self.obj.read(target.len)
+                with self.lock:
+                    if self.shaking:
+                        self.obj.do_handshake()
+                        self.shaking = False
+                        self.alpn = self.obj.selected_alpn_protocol()
+                    data = self.obj.read(target.len)
             except ssl.SSLWantReadError:
+                if not from_socket:
+                    return TLS_EMPTY
                 n = recv_plain(fd, scratch, TLS_READ)
                 if n <= 0:
                     return n
-                self.incoming.write(scratch[:n])
+                with self.lock:
+                    self.incoming.write(scratch[:n])
                 continue
             except ssl.SSLZeroReturnError:
                 return 0
@@ -193,7 +206,8 @@ cdef class TlsLayer:
             done = 0
             while done < chunks[i].len:
                 rest = PyMemoryView_FromMemory(<char *>chunks[i].base + done, chunks[i].len - done, PyBUF_READ)
-                done += <size_t>self.obj.write(rest)
+                with self.lock:
+                    done += <size_t>self.obj.write(rest)
         return 0
 
     cdef ssize_t push(self, int fd) except -2:
@@ -201,9 +215,10 @@ cdef class TlsLayer:
         cdef ssize_t n
         while True:
             if self.out is None:
-                if not self.outgoing.pending:
-                    return 1
-                self.out = self.outgoing.read()
+                with self.lock:
+                    if not self.outgoing.pending:
+                        return 1
+                    self.out = self.outgoing.read()
                 self.out_at = 0
             n = c_send(fd, <const char *>self.out + self.out_at, len(self.out) - self.out_at, MSG_DONTWAIT | MSG_NOSIGNAL)
             if n < 0:
@@ -222,7 +237,8 @@ cdef class TlsLayer:
         """Queue close_notify, so that the peer can tell the end from a cut."""
         if not self.shaking:
             try:
-                self.obj.unwrap()
+                with self.lock:
+                    self.obj.unwrap()
             except ssl.SSLError:  # it wants the peer's answer, which nobody waits for
                 pass
         return 0
@@ -249,7 +265,8 @@ cdef class RequestOptions:
     cdef double spin_s
 
     def __init__(self, *, accept_timeout, connect_timeout=3.0, total_timeout=None, codec="msgpack", channel_buffer=100,
-                 keepalive_interval=10.0, keepalive_timeout=10.0, keepalive_setting="DYNWIRE_TCP_KEEPALIVE_TIMEOUT", spin_us=0.0):
+                 keepalive_interval=10.0, keepalive_timeout=10.0, keepalive_setting="DYNWIRE_TCP_KEEPALIVE_TIMEOUT",
+                 spin_us=0.0):
         self.accept_timeout = accept_timeout
         self.connect_timeout = connect_timeout
         self.total_timeout = INFINITY if total_timeout is None else total_timeout

@@ -88,6 +88,7 @@ cdef class Http2Engine:
     cdef readonly bint ready             # the peer's SETTINGS have come
     cdef public bint draining            # GOAWAY sent or received
     cdef readonly bint exhausted         # client: stream ids are used up
+    cdef bint wants_capacity             # client: tell the owner when there is room for a stream
     cdef readonly bint dead              # a connection error: nothing is read any more
     # limits, see HTTP2.md section 3
     cdef readonly uint32_t max_frame_size
@@ -194,7 +195,6 @@ cdef class NativeEngine(Http2Engine):
     cdef dict peer_values
     cdef public uint32_t next_id         # client; tests set it near the end
     cdef uint32_t highest_sent
-    cdef bint wants_capacity
     cdef int64_t send_window
     cdef dw_buf obuf, wbuf
     cdef size_t wpos

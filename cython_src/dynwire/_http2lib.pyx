@@ -68,6 +68,7 @@ cdef enum:
     FRAME_DATA = 0
     FRAME_GOAWAY = 7
     DATA_CUT = 16384             # DATA frames are not longer than this, so that streams take turns
+    FRAME_AHEAD = 262144         # framed bytes from which data wait on their streams, where they take turns
     MAX_ID = 0x7FFFFFFF
     LAST_CLIENT_ID = 0x40000000  # a client opens no stream from here on
 
@@ -98,7 +99,6 @@ cdef class LibraryEngine(Http2Engine):
     cdef public uint32_t next_id     # client; tests set it near the end
     cdef uint32_t last_inbound       # highest stream of the peer that the owner was told about
     cdef uint32_t ignore_above       # server: after the final GOAWAY
-    cdef bint refused                # open_stream returned None
     cdef bint flushing
     cdef int64_t unannounced         # connection: bytes consumed and not yet granted
     cdef uint64_t flow_received      # bytes of DATA frames
@@ -328,8 +328,8 @@ cdef class LibraryEngine(Http2Engine):
         return min(self.announced.get(int(SettingCodes.MAX_CONCURRENT_STREAMS), MAX_ID), MAX_ID)
 
     cdef int capacity(self) except -1:
-        if self.refused and not self.draining and not self.exhausted and self.live < self.stream_limit():
-            self.refused = False
+        if self.wants_capacity and not self.draining and not self.exhausted and self.live < self.stream_limit():
+            self.wants_capacity = False
             self.owner.on_capacity()
         return 0
 
@@ -338,7 +338,7 @@ cdef class LibraryEngine(Http2Engine):
         if self.next_id >= LAST_CLIENT_ID:
             self.exhausted = True
         if self.dead or self.draining or self.exhausted or self.live >= self.stream_limit():
-            self.refused = True
+            self.wants_capacity = True
             return None
         s = Http2Stream.__new__(Http2Stream)
         s.id = self.next_id
@@ -466,7 +466,7 @@ cdef class LibraryEngine(Http2Engine):
             return self.collect() if self.dead else 0
         self.flushing = True
         try:
-            while self.waiting and blocked < <size_t>len(self.waiting) and self.backlog() < CONNECTION_BACKLOG:
+            while self.waiting and blocked < <size_t>len(self.waiting) and self.backlog() < FRAME_AHEAD:
                 sid = self.waiting.popleft()
                 s = self.streams.get(sid)
                 if s is None:

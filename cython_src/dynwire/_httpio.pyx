@@ -42,8 +42,20 @@ cdef class HttpServerConnection(AsyncServerConnection):
             self.blocked_at = dw_now()
         return AsyncConnection.wait_writable(self)
 
+    cdef int on_closing(self) except -1:
+        if not self.loop.is_closed():
+            self.loop.call_soon(self._write_rest)
+        return 0
+
+    def _write_rest(self):
+        if not self.dead and not self.writer_blocked:
+            self.flush()
+
     cdef int drained(self) except -1:
-        if self.closing and not self.dead and self.linger_at == INFINITY and not self.has_output():
+        if (
+            self.closing and not self.dead and self.linger_at == INFINITY and not self.has_output()
+            and not (self.tls is not None and self.tls.waiting())
+        ):  # fmt: skip
             self.linger_at = dw_now() + LINGER_S
             if self.tls is not None:
                 self.tls.say_goodbye()

@@ -74,16 +74,15 @@ cdef class HttpWire(Link):
     cdef double head_at            # when the head of a request has to be there; infinity: none has begun
     cdef double handshake_s, stall_s   # as for the engine
     cdef readonly size_t body_bytes    # of requests that have not been answered
-    cdef bint in_h1_next
-    cdef bint h1_again             # look for a further request when the one at hand is dealt with
+    cdef bint in_h1                # events of a request are being dealt with
     cdef public dict fixed         # path -> (header list, body): pages that are the same for everybody
     cdef bytes id_prefix
     cdef public dict routes        # path -> endpoint, of usual requests; servers share one among their connections
     # client
     cdef dict prefixes             # endpoint -> constant header fields
     cdef tuple patience            # header field
-    cdef size_t debt               # sum of all `early`: consumed bytes that the connection's window has got already
     cdef unsigned char *landed_at
+    cdef uint64_t gathered         # bytes that `gather` has named last
     cdef bytes first_bytes
     cdef list stops                # request ids of which the server has to be told
     # adaptive window
@@ -112,6 +111,9 @@ cdef class HttpWire(Link):
     cdef int switch_to_h2(self) except -1
     cdef int sniff(self) except -1
     cdef int h1_received(self) except -1
+    cdef int h1_event(self, tuple event) except -1
+    cdef int close_soon(self) except -1
+    cdef int on_closing(self) except -1
     # from the engine
     cdef int h2_headers(self, Http2Stream h2, list headers, int kind, bint end) except -1
     cdef int h2_data(self, Http2Stream h2, const unsigned char *p, size_t n, bint end) except -1
@@ -125,6 +127,8 @@ cdef class HttpWire(Link):
     # server
     cdef bint answer_fixed(self, Http2Stream h2, list headers) except -1
     cdef bytes id_of(self, Exchange ex)
+    cdef str id_text(self, Exchange ex)
+    cdef int add_id(self, Exchange ex, list fields) except -1
     cdef Exchange read_head(self, list headers)
     cdef int request_began(self, Exchange ex, bint end) except -1
     cdef int request_data(self, Exchange ex, const unsigned char *p, size_t n, bint end) except -1

@@ -342,7 +342,8 @@ cdef class HttpWire(Link):
 
     cdef int sniff(self) except -1:
         """(server) Which protocol are the first bytes?"""
-        head = PyBytes_FromStringAndSize(<char *>self.early_in.p, min(self.early_in.n, <size_t>64))
+        # A request line is told by its end, or by its length (http1.TARGET_LIMIT).
+        head = PyBytes_FromStringAndSize(<char *>self.early_in.p, min(self.early_in.n, <size_t>(8192 + 128)))
         if head[:4] == b"PRI ":
             return self.switch_to_h2()
         from .wire import http1  # and with it h11
@@ -381,37 +382,25 @@ cdef class HttpWire(Link):
     # ---- HTTP/1.1 (server) ---------------------------------------------------------------------------------------------
 
     cdef int h1_received(self) except -1:
+        """Deal with what has come, and with the requests after it for as long as each is answered at once."""
         cdef Exchange ex
-        cdef bytes data
+        cdef list events
         if self.closing:  # the driver reads on so that the last reply arrives, not because anybody wants it
             self.early_in.n = 0
             return 0
         chunk = PyBytes_FromStringAndSize(<char *>self.early_in.p, self.early_in.n)
         self.early_in.n = 0
-        for event in self.h1.receive(chunk):
-            name = event[0]
-            ex = self.h1_exchange
-            if name == "error":
-                status, text = event[1], event[2]
-                if ex is not None and ex.stream is not None:  # in the middle of its body
-                    self.refuse_exchange(ex, ProtocolError(text, peer=self.peer, sent="no", phase="receive"))
-                elif ex is None or not ex.ended:
-                    if ex is None:
-                        ex = self.h1_exchange = Exchange.__new__(Exchange)
-                    self.answer_fault(ex, http_api.HttpFault(status, HTTPStatus(status).phrase, text))
-            elif name == "request":
-                ex = self.h1_exchange = self.read_or_refuse(event[1], None)
-                if ex is not None:
-                    self.request_began(ex, False)
-                    if self.h1.expects_continue and not ex.ended:
-                        self.h1.send_continue()
-            elif ex is None or ex.ended:
-                continue  # of a request that has been answered already
-            elif name == "data":
-                data = event[1]
-                self.request_data(ex, <const unsigned char *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), False)
-            else:
-                self.request_data(ex, NULL, 0, True)
+        self.in_h1 = True  # the events belong to one request: the next one may not begin before they are dealt with
+        try:
+            while True:
+                events = self.h1.receive(chunk)
+                chunk = b""
+                for event in events:
+                    self.h1_event(event)
+                if not events or self.h1_exchange is not None or self.dead:
+                    break
+        finally:
+            self.in_h1 = False
         self.h1_flush()
         ex = self.h1_exchange
         if self.h1.must_close or self.h1.idle or not (ex is None or ex.page is not None):
@@ -425,6 +414,37 @@ cdef class HttpWire(Link):
             )  # fmt: skip
         return 0
 
+    cdef int h1_event(self, tuple event) except -1:
+        cdef Exchange ex = self.h1_exchange
+        cdef StreamBase stream
+        cdef bytes data
+        name = event[0]
+        if name == "request":
+            ex = self.h1_exchange = self.read_or_refuse(event[1], None)
+            if ex is not None:
+                self.request_began(ex, False)
+                if self.h1.expects_continue and not ex.ended:
+                    self.h1.send_continue()
+        elif name == "error":
+            if ex is None:
+                ex = self.h1_exchange = Exchange.__new__(Exchange)
+            fault = http_api.HttpFault(event[1], HTTPStatus(event[1]).phrase, event[2])
+            stream = ex.stream
+            if stream is None:
+                return self.answer_fault(ex, fault)
+            status, headers, body = fault.response(ex.request_id or "")
+            self.answer(ex, status, headers, body)
+            stream.state = (stream.state & ~S_ASSEMBLING) | S_ENDED
+            return self.request_done(stream)
+        elif ex is None or ex.ended:
+            pass  # of a request that has been answered already
+        elif name == "data":
+            data = event[1]
+            self.request_data(ex, <const unsigned char *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), False)
+        else:
+            self.request_data(ex, NULL, 0, True)
+        return 0
+
     cdef int h1_flush(self) except -1:
         """Take what the session wants to be written."""
         cdef bytes out = self.h1.output()
@@ -435,9 +455,19 @@ cdef class HttpWire(Link):
                 raise MemoryError()
             memcpy(p, PyBytes_AS_STRING(out), PyBytes_GET_SIZE(out))
             self.h1_out.n += PyBytes_GET_SIZE(out)
-        if self.h1.must_close:
-            self.closing = True
-        return self.wrote() if out else 0
+            self.wrote()
+        return self.close_soon() if self.h1.must_close else 0
+
+    cdef int close_soon(self) except -1:
+        """(HTTP/1.1) Nothing more is to be said on this connection."""
+        if self.closing:
+            return 0
+        self.closing = True
+        return self.on_closing()
+
+    cdef int on_closing(self) except -1:
+        """The driver is to close the connection when everything is written."""
+        return 0
 
     # ---- from the engine -------------------------------------------------------------------------------------------------
 
@@ -476,8 +506,8 @@ cdef class HttpWire(Link):
         self.engine.consumed(h2, n)
         if ex.stream is None:
             return 0
-        if ex.have + n > (<size_t>self.max_message if ex.status == 200 else ERROR_BODY):
-            if ex.status != 200:
+        if ex.have + n > (<size_t>self.max_message if 200 <= ex.status < 300 else ERROR_BODY):
+            if not 200 <= ex.status < 300:
                 n = ERROR_BODY - ex.have
             else:
                 return self.fault(ex, MessageTooLarge(
@@ -533,8 +563,7 @@ cdef class HttpWire(Link):
         cdef Exchange ex = h2.data
         cdef StreamBase stream
         if self.is_client:
-            # Only now may the engine open another one: when the call ended, this stream still counted.
-            return self.on_slot_free() if self.pending else 0
+            return 0
         if ex is None or ex.stream is None:
             return 0
         stream = ex.stream
@@ -666,6 +695,7 @@ cdef class HttpWire(Link):
         cdef object accept = None
         cdef object authorization = None
         cdef int64_t number
+        cdef int accepts = 0
         cdef bint usual = True
         for pair in headers:
             name = (<tuple>pair)[0]
@@ -679,7 +709,8 @@ cdef class HttpWire(Link):
             elif name is _TYPE:
                 content_type = value
             elif name is _ACCEPT:
-                usual = usual and accept is None
+                accepts += 1  # several are one list, which the last of them does not tell
+                usual = usual and accepts == 1
                 accept = value
             elif name is _LENGTH:
                 ex.length = _digits(value)
@@ -739,7 +770,7 @@ cdef class HttpWire(Link):
             self.routes[path] = ex.endpoint
         if len(_types) < CACHED_NAMES:
             _types[content_type] = ex.kind
-        if len(_accepts) < CACHED_NAMES:
+        if accepts <= 1 and len(_accepts) < CACHED_NAMES:
             _accepts[accept] = ex.shape
         return ex
 
@@ -955,7 +986,7 @@ cdef class HttpWire(Link):
         if ex.ended:
             return 0
         if not ex.begun:
-            status, headers, data = http_api.refusal(_SHAPE_NAMES[ex.shape or SH_AUTO], error, self.id_of(ex).decode())
+            status, headers, data = http_api.refusal(_SHAPE_NAMES[ex.shape or SH_AUTO], error, self.id_text(ex))
             return self.answer(ex, status, headers, data)
         if ex.encoder is None:
             ex.encoder = http_api.reply_encoder("items", True)
@@ -974,24 +1005,22 @@ cdef class HttpWire(Link):
     cdef int reply_ended(self, Exchange ex) except -1:
         """The reply is complete, and nothing runs for the request any more."""
         if ex.h2 is not None:
-            if ex.h2.state != ST_CLOSED and ex.h2.state != ST_HALF_REMOTE and ex.ended:
-                # The rest of the request is not wanted (RFC 9113 8.1).
+            if ex.h2.state != ST_CLOSED and ex.h2.state != ST_HALF_REMOTE and ex.ended and not ex.h2.queued:
+                # The rest of the request is not wanted (RFC 9113 8.1). It is taken and dropped where the reply itself still
+                # waits for the window: a reset would cut it.
                 self.engine.reset(ex.h2, NO_ERROR)
             self.engine.release(ex.h2)
         elif ex is self.h1_exchange:
             self.h1_exchange = None
-            if self.h1.must_close or self.draining:
-                self.closing = True
-            else:
-                self.h1_again = True  # a pipelined request may be waiting
-                if not self.in_h1_next:
-                    self.in_h1_next = True
-                    try:
-                        while self.h1_again and not self.dead:
-                            self.h1_again = False
-                            self.h1_received()
-                    finally:
-                        self.in_h1_next = False
+            if self.draining:
+                self.h1.abort()  # nothing more is read
+            if self.h1.must_close:
+                self.close_soon()
+            elif not self.in_h1:
+                try:
+                    self.h1_received()  # a pipelined request may be waiting
+                except ProtocolError as error:
+                    self.broken(error)
         return 0
 
     cdef bint may_send(self, StreamBase stream) except -1:
@@ -1044,10 +1073,22 @@ cdef class HttpWire(Link):
             stream.state |= S_SENDING
         return 0
 
+    cdef str id_text(self, Exchange ex):
+        return ex.request_id if ex.request_id is not None else self.id_of(ex).decode()
+
+    cdef int add_id(self, Exchange ex, list fields) except -1:
+        """The request's id for a response's head. One that no header can carry (of x-dynwire-id) only its caller knows."""
+        cdef bytes value
+        if ex.request_id is None:
+            fields.append((_ID, self.id_of(ex)))
+        else:
+            value = (<str>ex.request_id).encode()
+            if _visible(value) is not None:
+                fields.append((_ID, value))
+        return 0
+
     cdef bytes id_of(self, Exchange ex):
-        """The request's id for a response: the caller's, or the one that its context makes of connection and number."""
-        if ex.request_id is not None:
-            return (<str>ex.request_id).encode("latin-1")
+        """The id that the context of a request makes of connection and number, where its caller has not chosen one."""
         if self.id_prefix is None:
             self.id_prefix = self.connection_id.hex().encode()
         return PyBytes_FromFormat("%s-%x", PyBytes_AS_STRING(self.id_prefix), ex.seq)
@@ -1062,7 +1103,8 @@ cdef class HttpWire(Link):
             kind == 2 and ex.shape <= SH_JSON or kind == 2 and ex.shape == SH_AUTO or kind == 0 and ex.shape >= SH_RAW
         ):
             size = n + 1 if kind else n  # a document ends with a line end, for people with a shell
-            fields = [_STATUS_OK, <tuple>_KIND_FIELDS[kind], (_LENGTH, PyBytes_FromFormat("%zu", size)), (_ID, self.id_of(ex))]
+            fields = [_STATUS_OK, <tuple>_KIND_FIELDS[kind], (_LENGTH, PyBytes_FromFormat("%zu", size))]
+            self.add_id(ex, fields)
             self.reply_head(ex, fields, size == 0)
             if kind:
                 out = dw_buf_reserve(&self.scratch, size)
@@ -1078,13 +1120,17 @@ cdef class HttpWire(Link):
             elif ex.h2 is None:
                 self.h1_flush()
             return 0
+        if ex.shape == SH_RAW and ex.begun:  # the bytes are the item: nothing to encode
+            return self.reply_data(ex, p, n, None, last)
         if ex.encoder is None:
             ex.encoder = http_api.reply_encoder(_SHAPE_NAMES[ex.shape], not last, kind)
         if ex.shape == SH_RAW and ex.begun:
             return self.reply_data(ex, p, n, None, last)  # the items' bytes one after the other, as its encoder has it
         data = ex.encoder.item(PyBytes_FromStringAndSize(<char *>p, n), kind, last)
         if not ex.begun:
-            self.reply_head(ex, [_STATUS_OK, *ex.encoder.head(), (_ID, self.id_of(ex))], False)
+            fields = [_STATUS_OK, *ex.encoder.head()]
+            self.add_id(ex, fields)
+            self.reply_head(ex, fields, False)
         return self.reply_data(ex, <const unsigned char *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), None, last)
 
     cdef int put_end(self, StreamBase stream) except -1:
@@ -1103,7 +1149,9 @@ cdef class HttpWire(Link):
             if ex.encoder is None:
                 ex.encoder = http_api.reply_encoder(_SHAPE_NAMES[ex.shape], True)
             if not ex.begun:
-                self.reply_head(ex, [_STATUS_OK, *ex.encoder.head(), (_ID, self.id_of(ex))], False)
+                fields = [_STATUS_OK, *ex.encoder.head()]
+                self.add_id(ex, fields)
+                self.reply_head(ex, fields, False)
             data = ex.encoder.end()
         self.reply_data(ex, <const unsigned char *>PyBytes_AS_STRING(data), PyBytes_GET_SIZE(data), None, True)
         if ex.h2 is not None and ex.h2.queued:
@@ -1156,7 +1204,11 @@ cdef class HttpWire(Link):
     # ---- client ----------------------------------------------------------------------------------------------------------
 
     cdef bint may_request(self):
-        return self.engine.live < self.max_streams and self.live < self.max_streams and not self.engine.draining
+        if self.engine.live >= self.max_streams:
+            # A call ends with its last byte, its stream a moment later: nobody asks again then unless the engine says so.
+            self.engine.wants_capacity = True
+            return False
+        return self.live < self.max_streams and not self.engine.draining
 
     cdef list prefix_of(self, str endpoint):
         cdef list fields = self.prefixes.get(endpoint)
@@ -1174,56 +1226,59 @@ cdef class HttpWire(Link):
         cdef Exchange ex = Exchange.__new__(Exchange)
         cdef Http2Stream h2
         cdef list fields = list(self.prefix_of(endpoint))
+        cdef list more = None
         cdef Py_buffer view
         cdef double left
         cdef bint large
-        self.engine.now = now
-        h2 = self.engine.open_stream()
-        if h2 is None:
-            raise PeerLost(
-                f"the connection to {self.peer} takes no further requests", peer=self.peer, sent="no", details={"refused": True}
-            )
-        if self.engine.exhausted and not self.draining:
-            # Stream ids are used up: those in flight go on, further requests get another connection (RFC 9113 5.1.1).
-            self.draining = True
-            self.on_saturation()
-        ex.h2 = h2
-        ex.stream = stream
-        h2.data = ex
-        stream.under = ex
-        self.take_slot(stream)
-        if self.live == 1:
-            self.live_since = now
-            self.ping_at = now + self.keepalive_interval
-        self.seq += 1
-        stream.seq = self.seq
-        self.on_request_sent(stream)
         fields.append(<tuple>_KIND_FIELDS[kind])
         if deadline != INFINITY:
             left = (deadline - now) * 1000.0
             if left < 4294967295.0:
                 fields.append((_TIMEOUT, str(<uint32_t>max(left, 0.0) + 1).encode()))
-        ex.request_id = None
+        # What may fail comes before the stream: one that is opened and not used would count for ever.
         if meta is not None:
             headers = _unpack(meta, type=dict[str, str])
             ex.request_id = headers.pop("x-request-id", None)
-            fields.extend(http_api.request_headers(request_id=ex.request_id or "", headers=headers))
-        if ex.request_id is None:
-            ex.request_id = f"{self.connection_id.hex()}-{stream.seq:x}"
-            fields.append((_ID, (<str>ex.request_id).encode("latin-1")))
+            more = http_api.request_headers(request_id=ex.request_id or "", headers=headers)
+            fields.extend(more)
         PyObject_GetBuffer(data, &view, PyBUF_SIMPLE)
         try:
+            self.engine.now = now
+            h2 = self.engine.open_stream()
+            if h2 is None or self.dead:  # Python code has run, and with it another thread that may have closed it
+                raise PeerLost(
+                    f"the connection to {self.peer} takes no further requests", peer=self.peer, sent="no", details={"refused": True}
+                )
+            ex.h2 = h2
+            ex.stream = stream
+            h2.data = ex
+            stream.under = ex
+            self.take_slot(stream)
+            if self.live == 1:
+                self.live_since = now
+                self.ping_at = now + self.keepalive_interval
+            self.seq += 1
+            stream.seq = self.seq
+            self.on_request_sent(stream)
+            if ex.request_id is None:
+                ex.request_id = f"{self.connection_id.hex()}-{stream.seq:x}"
+                fields.append((_ID, (<str>ex.request_id).encode("latin-1")))
             large = view.len >= LARGE_ITEM
             if large:
                 fields.append((_LENGTH, str(view.len).encode()))
             stream.mark = self.tx_frames_bytes + self.engine.backlog()
+            stream.state |= S_WRITTEN  # before anything that may run Python code: until `mark` is passed it does not count
             self.engine.send_headers(h2, fields, view.len == 0)
             if view.len:
                 self.engine.send_data(h2, <const unsigned char *>view.buf, view.len, data if large else None, True)
         finally:
             PyBuffer_Release(&view)
-        stream.state |= S_WRITTEN
-        self.arm(stream, due)
+        if ex.stream is not None:
+            self.arm(stream, due)
+        if self.engine.exhausted and not self.draining:
+            # Stream ids are used up: those in flight go on, further requests get another connection (RFC 9113 5.1.1).
+            self.draining = True
+            self.on_saturation()
         return 0
 
     cdef int finish_call(self, Exchange ex) except -1:
@@ -1237,7 +1292,6 @@ cdef class HttpWire(Link):
         if ex.item_have:
             self.engine.consumed(None, ex.item_have - ex.early_now)
             ex.early -= ex.early_now
-            self.debt -= ex.early_now
             ex.item_have = ex.early_now = 0
         dw_buf_free(&ex.body)
         ex.block = None
@@ -1292,7 +1346,7 @@ cdef class HttpWire(Link):
             self.end_upload(ex)
             if not stream.keeps_items:
                 return stream.on_item(item, kind, True)
-            self.debt += len(item) + ITEM_HEADER  # given back when it arrived
+            ex.early += len(item) + ITEM_HEADER  # given back when it arrived
             return stream.on_item(item, kind, True)
         body = bytes(self.body_of(ex, NULL, 0, 1))
         error = http_api.error_from_response(ex.status, ex.reply_headers, body, peer=self.peer, request_id=ex.request_id)
@@ -1313,8 +1367,10 @@ cdef class HttpWire(Link):
         cdef unsigned char *to
         while n:
             if ex.stream is None:
+                # More than belongs to the reply: nobody will take it, and its end may never come.
                 self.engine.consumed(None, n)
-                return 0
+                self.engine.reset(ex.h2, CANCEL)
+                return self.wrote()
             if ex.head_have < ITEM_HEADER:
                 if ex.head_have == 0 and n >= ITEM_HEADER:
                     ex.item_kind = p[0]
@@ -1379,7 +1435,8 @@ cdef class HttpWire(Link):
                 stream = ex.stream
                 self.finish_call(ex)
                 self.end_upload(ex)
-                return stream.on_error(0, body)
+                stream.on_error(0, body)
+                continue
             if ex.block is not None:
                 item = payload_of_block(ex.block, size)
                 ex.block = None
@@ -1414,7 +1471,6 @@ cdef class HttpWire(Link):
         cdef size_t n = ex.item_have - ex.early_now
         ex.early_now = ex.item_have
         ex.early += n
-        self.debt += n
         return self.engine.consumed(ex.h2, n)
 
     cdef int deliver(self, Exchange ex, object item, int kind, size_t size, bint last) except -1:
@@ -1432,13 +1488,9 @@ cdef class HttpWire(Link):
         cdef Exchange ex = None if stream is None else stream.under
         cdef int64_t given
         if ex is None:
-            given = min(<int64_t>self.debt, cost)
-            self.debt -= given
-            self.engine.consumed(None, cost - given)
-            return 0
+            return self.engine.consumed(None, cost)
         given = min(<int64_t>ex.early, cost)
         ex.early -= given
-        self.debt -= given
         if cost > given:
             self.engine.consumed(ex.h2, cost - given)
         if stream.keeps_items:
@@ -1489,7 +1541,8 @@ cdef class HttpWire(Link):
         self.goaway_seq = self.seq + 0x40000000
         if self.engine is None:
             if self.h1 is not None and self.h1_exchange is None:
-                self.closing = True
+                self.h1.abort()  # nothing more is read
+                self.close_soon()
             return 0
         if code == 0 and not self.is_client:
             self.engine.goaway(NO_ERROR, text.encode(), False)
@@ -1512,9 +1565,10 @@ cdef class HttpWire(Link):
     cdef bint has_unsent(self):
         if self.has_output():
             return True
-        for found in self.slots:
-            if found is not None and (<StreamBase>found).state & S_SENDING:
-                return True
+        if self.engine is not None:
+            for found in self.engine.streams.values():
+                if (<Http2Stream>found).queued:
+                    return True  # the peer's window is closed
         return False
 
     cdef size_t output_backlog(self):
@@ -1525,9 +1579,17 @@ cdef class HttpWire(Link):
     cdef bint one_piece(self):
         return True
 
+    cdef uint64_t handed_upto(self):
+        return self.tx_frames_bytes + self.gathered
+
     cdef int gather(self, dw_chunk *chunks, size_t limit):
+        cdef int n, i
         if self.engine is not None:
-            return self.engine.gather(chunks, limit)
+            n = self.engine.gather(chunks, limit)
+            self.gathered = 0
+            for i in range(n):
+                self.gathered += chunks[i].len
+            return n
         if self.h1_sent == self.h1_out.n:
             return 0
         # Its memory may move when more is added: the asyncio driver, the only one that serves, writes at once.
@@ -1570,9 +1632,10 @@ cdef class HttpWire(Link):
         cdef Exchange ex
         for stream in out:
             ex = (<StreamBase>stream).under
-            if ex is not None and not self.is_client:
+            if ex is not None:
                 ex.stream = None
                 ex.ended = True
+                ex.block = None  # of an item or a request that has not arrived completely
         if self.events is not None:
             self.events.wire = None  # the engine says nothing more, and nothing keeps the connection alive
         return out

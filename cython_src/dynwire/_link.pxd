@@ -17,7 +17,7 @@ cdef enum:
     S_ACCEPTED = 16
     S_PENDING = 32               # (client) not yet written: waits for the connection's writer, a slot or credit
     S_WRITTEN = 64
-    S_STOP_EARLY = 128           # (server) the caller asked to stop before its request had arrived completely
+    S_STOP_EARLY = 128           # the caller asked to stop before its request was sent, or had arrived completely at the server
     S_QUEUED = 256               # (server) in waiting_credit or waiting_writer
 
 cdef class StreamBase:

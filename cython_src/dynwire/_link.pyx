@@ -13,7 +13,7 @@ from cpython.buffer cimport PyBUF_SIMPLE, PyBuffer_Release, PyObject_GetBuffer
 from libc.math cimport INFINITY
 from libc.stdlib cimport free, realloc
 
-from .errors import DynwireError, MessageTooLarge, Overloaded
+from .errors import DynwireError, MessageTooLarge, Overloaded, PeerLost
 
 cdef enum:
     LARGE_BYTES = 65536          # payloads from this size on are sent from their owner's memory
@@ -366,6 +366,8 @@ cdef class Link:
         cdef int waiting
         cdef Py_ssize_t size = len(data) if type(data) is bytes else size_of(data)
         self.now = now
+        if self.dead:  # since it was picked
+            raise PeerLost(f"the connection to {self.peer} is gone", peer=self.peer, sent="no")
         if size > self.max_message:
             raise MessageTooLarge(
                 f"a request of {size} bytes exceeds this side's limit of {self.max_message} bytes; raise "
@@ -413,6 +415,8 @@ cdef class Link:
                 stream.conn = None
                 stream.on_lost(error if isinstance(error, DynwireError) else DynwireError(f"the payload cannot be sent: {error}"))
                 continue
+            if stream.state & S_STOP_EARLY:
+                self.put_cancel(stream, 1)
             self.wrote()
         return 0
 

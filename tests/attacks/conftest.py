@@ -54,7 +54,7 @@ class Connection:
         deadline = time.monotonic() + PATIENCE_S
         while view and not self.closed:
             readable, writable, _ = select.select([self.sock] if read else [], [self.sock], [], PATIENCE_S)
-            assert readable or writable and time.monotonic() < deadline, "the server takes nothing more"
+            assert readable or (writable and time.monotonic() < deadline), "the server takes nothing more"
             if readable:
                 self.take()
             if writable and not self.closed:

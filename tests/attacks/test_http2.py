@@ -1,4 +1,4 @@
-"""Attacks over HTTP/2 (HTTP2.md section 3): the connection ends with the fitting code, at bounded cost, and others do not notice."""
+"""Attacks over HTTP/2 (HTTP2.md section 3): the connection ends with the fitting code, at bounded cost; others are served."""
 
 from __future__ import annotations
 
@@ -115,7 +115,10 @@ def test_floods(server: Server, frame: bytes, text: bytes) -> None:
     """400,000 frames that cost nothing to make; the server reads about 10,000 of them."""
     attacker = server.attacker()
     server.flood(attacker, [frame] * 400_000)
-    assert attacker.goaway() == (CALM, text)
+    code, said = attacker.goaway()
+    # what has to be answered may also be too much for the time until the server writes again
+    assert code == CALM
+    assert said == text or (said == b"too_many_unread_answers" and frame[4] & f.ACK == 0)
     server.check()
 
 

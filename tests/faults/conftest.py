@@ -145,9 +145,7 @@ def managers(face: str, discovery_dir: Path) -> Managers:
 
 
 @asynccontextmanager
-async def known_as(
-    manager: Manager, endpoint: str, address: str, directory: Path, plane: str = "tcp"
-) -> AsyncIterator[Client]:
+async def known_as(manager: Manager, endpoint: str, address: str, directory: Path, plane: str = "tcp") -> AsyncIterator[Client]:
     """A client of ``manager`` for an endpoint that discovery says is at ``address``: a proxy, or something foreign."""
     namespace, component, name = endpoint.split(".")
     discovery = FileDiscovery(str(directory), ttl=60.0)

@@ -1,59 +1,68 @@
-"""The conformance cases over TCP: against a bare server around the engine, which tests the runner, and the http plane."""
+"""Every server case that can be seen from outside, over TCP against a served endpoint, on both engines."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import pytest
 
-import dynwire
+from tests.faults.conftest import PROGRAM, Worker
 
-from . import deviations
-from .over_socket import SOCKET_CASES, EngineServer, run_case_over_socket
+from . import cases, deviations
+from .over_socket import SocketPeer
 from .peer import Case
 
-PARAMETERS = [pytest.param(case, id=case.id) for case in SOCKET_CASES]
+SETTINGS = {"max_concurrent_streams": "http_max_concurrent_streams"}
+"""limits of an engine that a server has settings for"""
+
+Servers = dict[tuple[str, tuple[tuple[str, int], ...]], str]
 
 
 @pytest.fixture(scope="module")
-def bare() -> Iterator[EngineServer]:
-    with EngineServer("native") as server:
-        yield server
+def servers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Servers]:
+    """Address by engine and limits. All are started first: what a test starts, it would have to end."""
+    folder = tmp_path_factory.mktemp("servers")
+    running: dict[tuple[str, tuple[tuple[str, int], ...]], Worker] = {}
+    fixed = {"request_plane": "http", "http_host": "127.0.0.1", "http_port": 0, "discovery": "mem"}
+    for limits in {case.limits for case in cases.SERVER if visible(case)}:
+        for engine in ("native", "h2"):
+            settings = {**fixed, "http_engine": engine, **{SETTINGS[name]: value for name, value in limits}}
+            command = [sys.executable, str(PROGRAM), "asyncio", *(f"{name}={value}" for name, value in settings.items())]
+            running[engine, limits] = Worker(command, folder / f"stderr-{len(running)}")
+    yield {key: worker.line().split()[1] for key, worker in running.items()}
+    for worker in running.values():
+        worker.close()
 
 
-@pytest.mark.parametrize("case", PARAMETERS)
-def test_bare_server(case: Case, bare: EngineServer) -> None:
-    run_case_over_socket(case, "127.0.0.1", bare.port, "/")
+def visible(case: Case) -> bool:
+    return case.socket and all(name in SETTINGS for name, _ in case.limits)
 
 
-def test_the_runner_sees_deviations() -> None:
-    """Over TCP h2 fails the same cases as without: all that are fast to fail, the others end in silence."""
-    chosen = [case for case in SOCKET_CASES if case.id.startswith(("http2/4", "http2/5", "http2/6", "http2/8.1", "hpack"))]
-    with EngineServer("h2") as server:
-        failed = set()
-        for case in chosen:
-            try:
-                run_case_over_socket(case, "127.0.0.1", server.port, "/", silence_s=0.5)
-            except AssertionError:
-                failed.add(case.id)
-    assert failed == {case.id for case in chosen if case.id in deviations.H2}
+def parameters(engine: str, deviating: bool) -> list[object]:
+    return [
+        pytest.param(case, id=case.id)
+        for case in cases.SERVER
+        if visible(case) and (engine == "h2" and case.id in deviations.H2) is deviating
+    ]
 
 
-async def echo(request: object) -> object:
-    return request
+def run(case: Case, address: str) -> None:
+    parts = urlsplit(address)
+    assert parts.port is not None
+    peer = SocketPeer(parts.port, f"{parts.path}/f/w/echo".encode())
+    try:
+        case.run(peer)
+    finally:
+        peer.close()
 
 
-@pytest.fixture(scope="module")
-def plane() -> Iterator[tuple[str, int, str]]:
-    """A server of the http plane: host, port and the path of an endpoint, which answers any request, if with an error."""
-    with dynwire.NetworkManager(request_plane="http", http_host="127.0.0.1", http_port=0, discovery_backend="mem") as manager:
-        manager.endpoint("test.http2.echo").serve(echo)
-        address = urlsplit(manager.server().address or "")
-        assert address.hostname is not None and address.port is not None
-        yield address.hostname, address.port, f"{address.path}/test.http2.echo"
+@pytest.mark.parametrize("case", parameters("native", deviating=False))
+def test_native(servers: Servers, case: Case) -> None:
+    run(case, servers["native", case.limits])
 
 
-@pytest.mark.parametrize("case", PARAMETERS)
-def test_plane(case: Case, plane: tuple[str, int, str]) -> None:
-    run_case_over_socket(case, *plane)
+@pytest.mark.parametrize("case", parameters("h2", deviating=False))
+def test_h2(servers: Servers, case: Case) -> None:
+    run(case, servers["h2", case.limits])

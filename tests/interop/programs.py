@@ -43,7 +43,9 @@ def module(name: str, requirement: str) -> None:
 def run(*command: str | Path, timeout: float = PATIENCE_S, stdin: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
     """Run a program to its end; a status other than 0 fails the test with what it printed."""
     done = subprocess.run([str(part) for part in command], input=stdin, capture_output=True, timeout=timeout)
-    assert done.returncode == 0, f"{command[0]} ended with {done.returncode}: {done.stderr.decode(errors='replace')}{done.stdout!r}"
+    assert done.returncode == 0, (
+        f"{command[0]} ended with {done.returncode}: {done.stderr.decode(errors='replace')}{done.stdout!r}"
+    )
     return done
 
 

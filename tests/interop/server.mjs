@@ -26,6 +26,7 @@ function item(kind, text) {
 
 let sessions = 0;
 let refused = false;
+let ended = false;
 server.on('session', (session) => {
   session.number = ++sessions;
   session.open = session.most = session.total = 0;
@@ -44,7 +45,8 @@ server.on('stream', (stream, headers) => {
     stream.close(NGHTTP2_REFUSED_STREAM);
     return;
   }
-  if (mode === 'goaway' && session.total === 3) {
+  if (mode === 'goaway' && !ended && session.total === 3) {
+    ended = true;
     // only the first two are answered; what comes later was not looked at, and the caller may send it elsewhere
     say('goaway');
     session.goaway(0, stream.id - 2);
@@ -88,7 +90,11 @@ server.on('stream', (stream, headers) => {
       }
       session.open -= 1;
       if (mode === 'fewer-streams' && session.total === 1) session.settings({ maxConcurrentStreams: 2 }, () => say('lowered'));
-      if (mode === 'close' && session.total === 2) session.close();
+      if (mode === 'close' && !ended && session.total === 2) {
+        ended = true;
+        session.close();
+        say('leaving');
+      }
     };
     // a moment, so that requests overlap where the peer sends them at once
     mode === 'one-stream' || mode === 'fewer-streams' ? setTimeout(answer, 5) : answer();

@@ -47,7 +47,7 @@ async def test_nghttpd(managers: Managers, start_foreign: StartForeign, free_por
         assert await echo.call(b"echoed") == b"echoed"
         large = bytes(range(256)) * 8000
         assert await echo.call(large) == large
-        assert await asyncio.gather(*(echo.call(b"%d" % n) for n in range(300))) == [b"%d" % n for n in range(300)]
+        assert await asyncio.gather(*(echo.call(b"%d" % n) for n in range(150))) == [b"%d" % n for n in range(150)]
 
 
 async def test_nghttpd_static_file(managers: Managers, start_foreign: StartForeign, free_port: int, tmp_path: Path) -> None:
@@ -67,11 +67,13 @@ async def test_nghttpd_static_file(managers: Managers, start_foreign: StartForei
 @pytest.mark.parametrize("mode", ["plain", "padded", "tiny-windows", "no-table", "one-stream", "fewer-streams"])
 async def test_node(managers: Managers, node_server: NodeServer, mode: str) -> None:
     server = node_server(mode)
-    async with managers(request_plane="http") as manager:
+    async with managers(request_plane="http", codec="json") as manager:
         echo = Direct(manager, address(server))
         assert await echo.call({"first": 1}) == {"first": 1}
         if mode == "fewer-streams":
-            await eventually(lambda: "lowered" in server.said())
+            async with asyncio.timeout(PATIENCE_S):
+                while "lowered" not in server.said():  # a blocking client reads, and so acknowledges, when it is called
+                    await echo.call({})
         assert await many(echo, 40) == numbers(40)
         large = b"L" * (3000 if mode == "tiny-windows" else 2_000_000)
         assert await echo.call(large) == large
@@ -87,14 +89,13 @@ async def test_node(managers: Managers, node_server: NodeServer, mode: str) -> N
 
 async def test_node_headers_trailers_and_pages(managers: Managers, node_server: NodeServer) -> None:
     server = node_server("plain")
-    async with managers(request_plane="http") as manager:
+    async with managers(request_plane="http", codec="json") as manager:
         head = await Direct(manager, address(server), "f.w.headers").call({})
         assert head[":method"] == "POST" and head[":path"] == "/v1/rpc/f/w/headers" and head[":scheme"] == "http"
         assert head[":authority"] == f"127.0.0.1:{server.port}"
         for name in ("trailers", "informational"):
-            with pytest.raises(dynwire.DecodeError):  # msgpack under the name of JSON
-                await Direct(manager, address(server), f"f.w.{name}").call({"a": 1})
-        with pytest.raises(dynwire.PeerLost, match="503.*out to lunch"):
+            assert await Direct(manager, address(server), f"f.w.{name}").call({"a": 1}) == {"a": 1}
+        with pytest.raises(dynwire.PeerLost, match=r"503.*out to lunch"):
             await Direct(manager, address(server), "f.w.page").call({})
         with pytest.raises(dynwire.ProtocolError, match="please log in"):
             await Direct(manager, address(server), "f.w.login").call({})
@@ -102,29 +103,30 @@ async def test_node_headers_trailers_and_pages(managers: Managers, node_server: 
 
 
 @pytest.mark.parametrize("mode", ["refuse-first", "goaway", "close"])
-async def test_node_not_processed(
-    managers: Managers, node_server: NodeServer, mode: str, known_at: Callable[..., Any]
-) -> None:
+async def test_node_not_processed(managers: Managers, node_server: NodeServer, mode: str, known_at: Callable[..., Any]) -> None:
     """REFUSED_STREAM, GOAWAY with a lower last stream, a graceful close: what was not processed is sent again, unseen."""
     server = node_server(mode)
-    async with managers(request_plane="http") as manager:
-        async with known_at(manager, "f.w.echo", address(server)) as client:
-            for n in range(6):
-                assert await client.call({"n": n}) == {"n": n}
-            found = await asyncio.gather(*(client.call({"n": n}) for n in range(20)))
-            assert found == numbers(20)
+    async with (
+        managers(request_plane="http", codec="json") as manager,
+        known_at(manager, "f.w.echo", address(server)) as client,
+    ):
+        for n in range(6):
+            assert await client.call({"n": n}) == {"n": n}
+        assert await asyncio.gather(*(client.call({"n": n}) for n in range(20))) == numbers(20)
     said = server.said()
-    assert {"refuse-first": "refused", "goaway": "goaway", "close": "session 2"}[mode] in said, said
+    assert {"refuse-first": "refused", "goaway": "goaway", "close": "leaving"}[mode] in said, said
 
 
 # hypercorn -------------------------------------------------------------------------------------------------------------------
 
+# --workers 0: in the process itself; its worker processes would outlive it when it is killed
+
 
 async def test_hypercorn(managers: Managers, start_foreign: StartForeign, free_port: int) -> None:
     module("hypercorn", "hypercorn")
-    command = [sys.executable, "-m", "hypercorn", "--bind", f"127.0.0.1:{free_port}", "asgi:app"]
+    command = [sys.executable, "-m", "hypercorn", "--workers", "0", "--bind", f"127.0.0.1:{free_port}", "asgi:app"]
     server = start_foreign(command, free_port, HERE)
-    async with managers(request_plane="http") as manager:
+    async with managers(request_plane="http", codec="json") as manager:
         assert await Direct(manager, address(server), "f.w.version").call({}) == "2"
         echo = Direct(manager, address(server))
         assert await many(echo, 60) == numbers(60)
@@ -135,12 +137,21 @@ async def test_hypercorn(managers: Managers, start_foreign: StartForeign, free_p
 async def test_hypercorn_ends_connections(
     managers: Managers, start_foreign: StartForeign, free_port: int, tmp_path: Path, known_at: Callable[..., Any]
 ) -> None:
-    """Ten requests on a connection, then it says GOAWAY and closes: callers do not see it."""
+    """After ten requests on a connection it says GOAWAY, counts the eleventh as processed, and never answers it (0.18).
+
+    That one may have run: it is not sent again, its own deadline or the lost connection ends it. The next ones do not notice.
+    """
     module("hypercorn", "hypercorn")
     (tmp_path / "hypercorn.toml").write_text(f'bind = "127.0.0.1:{free_port}"\nkeep_alive_max_requests = 10\n')
-    command = [sys.executable, "-m", "hypercorn", "--config", str(tmp_path / "hypercorn.toml"), "asgi:app"]
+    command = [sys.executable, "-m", "hypercorn", "--workers", "0", "--config", str(tmp_path / "hypercorn.toml"), "asgi:app"]
     server = start_foreign(command, free_port, HERE)
-    async with managers(request_plane="http") as manager, known_at(manager, "f.w.echo", address(server)) as client:
+    async with managers(request_plane="http", codec="json") as manager, known_at(manager, "f.w.echo", address(server)) as client:
         async with asyncio.timeout(PATIENCE_S):
+            lost = []
             for n in range(45):
-                assert await client.call({"n": n}) == {"n": n}
+                try:
+                    assert await client.call({"n": n}, timeout=1.0) == {"n": n}
+                except (dynwire.PeerLost, dynwire.DeadlineExceeded) as error:
+                    assert error.sent == "maybe", error
+                    lost.append(n)
+    assert lost == [10, 21, 32, 43]

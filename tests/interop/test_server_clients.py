@@ -30,7 +30,9 @@ def test_nghttp_padding_and_small_windows(worker: str, tmp_path: Path) -> None:
     body = tmp_path / "body"
     body.write_bytes(b"z" * 200_000)
     options = ("-b", "255", "-w", "10", "-W", "10", "-m", "5")  # padding; windows of 2^10 - 1 bytes; five times
-    out = run(program("nghttp"), *options, "-d", body, "-H", "content-type: application/octet-stream", f"{worker}/f/w/echo").stdout
+    out = run(
+        program("nghttp"), *options, "-d", body, "-H", "content-type: application/octet-stream", f"{worker}/f/w/echo"
+    ).stdout
     assert out == b"z" * 1_000_000
 
 
@@ -80,7 +82,9 @@ def test_httpx(worker: str, http2: bool) -> None:
         with client.stream("POST", f"{worker}/f/w/some_then_wait", json=2) as stream:
             assert next(stream.iter_lines()) == "0"  # the rest is given up
         data = b"q" * 3_000_000
-        assert client.post(f"{worker}/f/w/echo", content=data, headers={"content-type": "application/octet-stream"}).content == data
+        assert (
+            client.post(f"{worker}/f/w/echo", content=data, headers={"content-type": "application/octet-stream"}).content == data
+        )
         assert client.post(f"{worker}/f/w/nothing", json=1).json()["code"] == "endpoint_not_found"
 
 

@@ -22,7 +22,9 @@ def curl(request: pytest.FixtureRequest) -> tuple[list[str], str]:
 
 def test_echo(worker: str, curl: tuple[list[str], str]) -> None:
     command, version = curl
-    out = run(*command, "-d", '{"a": [1, "ä"]}', "-H", "x-request-id: mine", "-D", "-", "-w", "\n%{http_version}", f"{worker}/f/w/echo")
+    out = run(
+        *command, "-d", '{"a": [1, "ä"]}', "-H", "x-request-id: mine", "-D", "-", "-w", "\n%{http_version}", f"{worker}/f/w/echo"
+    )
     head, _, rest = out.stdout.partition(b"\r\n\r\n")
     body, _, got = rest.rstrip().rpartition(b"\n")
     assert got.decode() == version
@@ -35,7 +37,9 @@ def test_pages_and_errors(worker: str, curl: tuple[list[str], str]) -> None:
     command, version = curl
     origin = worker.rpartition("/v1")[0]
     assert json.loads(run(*command, f"{origin}/live").stdout)
-    assert run(*command, "--head", f"{origin}/live", "-w", "%{http_code} %{http_version}").stdout.endswith(b"200 " + version.encode())
+    assert run(*command, "--head", f"{origin}/live", "-w", "%{http_code} %{http_version}").stdout.endswith(
+        b"200 " + version.encode()
+    )
     for path, code, kind in (("f/w/nothing", "404", "endpoint_not_found"), ("f/w/wrong", "500", "remote_error")):
         out = run(*command, "-d", '"exception"', "-w", "\n%{http_code} %{content_type}", f"{worker}/{path}").stdout.decode()
         document, _, status = out.rpartition("\n")
@@ -58,7 +62,9 @@ def test_large_bodies(worker: str, curl: tuple[list[str], str], tmp_path: Path) 
     command, _ = curl
     data = bytes(range(256)) * 20_000
     (tmp_path / "body").write_bytes(data)
-    out = run(*command, "--data-binary", f"@{tmp_path / 'body'}", "-H", "content-type: application/octet-stream", f"{worker}/f/w/echo")
+    out = run(
+        *command, "--data-binary", f"@{tmp_path / 'body'}", "-H", "content-type: application/octet-stream", f"{worker}/f/w/echo"
+    )
     assert out.stdout == data
     chunked = ("-T", "-", "-X", "POST", "-H", "content-type: application/octet-stream", "-H", "transfer-encoding: chunked")
     if "--http1.1" in command:

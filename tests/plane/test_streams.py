@@ -187,6 +187,36 @@ async def test_stop_is_cooperative(managers: Managers) -> None:
             assert [item async for item in stream] == ["last"]
 
 
+@pytest.mark.planes("tcp", "http")
+async def test_stop_of_a_request_that_waits_for_a_stream(managers: Managers) -> None:
+    """It is not on the wire yet: its handler is told when it is, and nobody else's is."""
+    stopped = []
+    over = Signal()
+
+    async def until_stopped(request: str, context: Context) -> AsyncIterator[str]:
+        yield "begun"
+        if request == "waits":
+            await context.stopped()
+        else:
+            await over.wait()
+        if context.is_stopped():
+            stopped.append(request)
+
+    async with managers(tcp_max_streams=2, http_max_concurrent_streams=2, tcp_pool_size=1) as manager:
+        await manager.serve(PATH, until_stopped)
+        client = await manager.client(PATH)
+        async with client.stream("first") as first, client.stream("second") as second:
+            assert (await first.next(), await second.next()) == ("begun", "begun")
+            async with client.stream("waits") as waits:
+                waits.context.stop()
+                with pytest.raises(dynwire.DynwireError):
+                    await client.call("refused at its own deadline", timeout=0.05)  # and what was to be written is written
+                assert stopped == []
+                over.set()
+                assert [item async for item in waits] == ["begun"]
+        assert stopped == ["waits"]
+
+
 async def test_stop_reaches_a_thread(managers: Managers) -> None:
     def until_stopped(request: Any, context: Context) -> Iterator[str]:
         yield "first"

@@ -128,6 +128,33 @@ def test_windows_are_granted_again_at_half() -> None:
     assert [(frame.stream, frame.increment) for frame in h.frames(conn)] == [(1, 500)]
 
 
+def test_the_connection_is_granted_again_at_half() -> None:
+    conn = h.server(connection_window=70000)
+    conn.receive(f.headers(1, h.POST_BLOCK) + f.data(1, bytes(70000)))
+    conn.consumed(1, 34999)
+    assert h.frames(conn) == []
+    conn.consumed(1, 1)
+    assert [(frame.stream, frame.increment) for frame in h.frames(conn)] == [(0, 35000)]
+
+
+@pytest.mark.parametrize("pad", [None, 100])
+def test_a_stream_that_ends_in_the_middle_of_a_frame(pad: int | None) -> None:
+    """The rest of the frame is passed over, and counts for the connection."""
+    conn = h.server()
+    conn.receive(f.headers(1, h.POST_BLOCK))
+    data = f.data(1, bytes(1000), pad=pad)
+    assert conn.receive(data[:500])[0][0] == "data"
+    have = conn.ledger()["unread"]
+    conn.reset(1, f.CANCEL)
+    assert conn.events_now() == [("closed", 1)]
+    assert conn.receive(data[500:] + f.ping(b"alright?")) == []
+    assert h.frames(conn)[-1].payload == b"alright?"
+    counters = conn.ledger()
+    assert counters["unannounced"] == len(data) - 9 - have and counters["unread"] == have
+    conn.consumed(1, have)
+    assert conn.ledger()["unannounced"] == len(data) - 9
+
+
 def test_nothing_is_granted_to_a_stream_that_has_ended() -> None:
     conn = h.server(stream_window=1000)
     conn.receive(f.headers(1, h.POST_BLOCK) + f.data(1, bytes(1000), end=True))

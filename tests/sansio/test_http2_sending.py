@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import resource
+from pathlib import Path
 
 import pytest
 
@@ -197,15 +199,21 @@ def test_pieces_that_wait_are_sent_together() -> None:
     assert [frame.payload for frame in h.data_frames(conn)] == [b"token " * 100]
 
 
+def resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+
 def test_a_queue_that_never_empties_does_not_grow() -> None:
     conn = answering(1, window=0)
     total = 0
     conn.send_data(1, bytes(100))
-    for _ in range(5000):
-        conn.send_data(1, bytes(1000))
-        conn.receive(f.window_update(1, 1000) + f.window_update(0, 1000))
+    before = resident_bytes()
+    for _ in range(8000):
+        conn.send_data(1, bytes(10000))
+        conn.receive(f.window_update(1, 10000) + f.window_update(0, 10000))
         total += sum(len(frame.payload) for frame in h.data_frames(conn))
-    assert total == 5000000 and conn.ledger()["queued"] == 100
+    assert total == 80_000_000 and conn.ledger()["queued"] == 100
+    assert resident_bytes() - before < 20_000_000
 
 
 def test_trailers_wait_for_the_body() -> None:
