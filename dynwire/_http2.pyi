@@ -88,7 +88,8 @@ class Http2Engine:
 class Piece: ...
 
 @disjoint_base
-class NativeEngine(Http2Engine): ...
+class NativeEngine(Http2Engine):
+    next_id: int
 
 @disjoint_base
 class Http2Connection(Http2Owner):

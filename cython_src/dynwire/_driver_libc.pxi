@@ -265,7 +265,8 @@ cdef class RequestOptions:
     cdef double spin_s
 
     def __init__(self, *, accept_timeout, connect_timeout=3.0, total_timeout=None, codec="msgpack", channel_buffer=100,
-                 keepalive_interval=10.0, keepalive_timeout=10.0, keepalive_setting="DYNWIRE_TCP_KEEPALIVE_TIMEOUT", spin_us=0.0):
+                 keepalive_interval=10.0, keepalive_timeout=10.0, keepalive_setting="DYNWIRE_TCP_KEEPALIVE_TIMEOUT",
+                 spin_us=0.0):
         self.accept_timeout = accept_timeout
         self.connect_timeout = connect_timeout
         self.total_timeout = INFINITY if total_timeout is None else total_timeout

@@ -193,7 +193,7 @@ cdef class NativeEngine(Http2Engine):
     cdef int64_t peer_initial
     cdef uint32_t peer_max_streams
     cdef dict peer_values
-    cdef uint32_t next_id
+    cdef public uint32_t next_id         # client; tests set it near the end
     cdef uint32_t highest_sent
     cdef int64_t send_window
     cdef dw_buf obuf, wbuf

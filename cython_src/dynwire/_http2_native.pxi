@@ -1064,6 +1064,8 @@ cdef class NativeEngine(Http2Engine):
             return None
         s = self._new_stream(self.next_id)
         self.next_id += 2
+        if self.next_id >= CLIENT_IDS_END:
+            self.exhausted = True  # with the last stream, so that the owner looks for another connection in time
         return s
 
     cdef int _put_block(self, uint32_t sid, list headers, bint end) except -1:

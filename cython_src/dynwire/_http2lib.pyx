@@ -96,7 +96,7 @@ cdef class LibraryEngine(Http2Engine):
     cdef bytes writing               # gathered
     cdef size_t written              # how much of it
     cdef dict announced              # the peer's settings
-    cdef uint32_t next_id            # client
+    cdef public uint32_t next_id     # client; tests set it near the end
     cdef uint32_t last_inbound       # highest stream of the peer that the owner was told about
     cdef uint32_t ignore_above       # server: after the final GOAWAY
     cdef bint flushing
@@ -346,6 +346,8 @@ cdef class LibraryEngine(Http2Engine):
         s.bits = B_COUNTS
         s.progress = self.now
         self.next_id += 2
+        if self.next_id >= LAST_CLIENT_ID:
+            self.exhausted = True  # with the last stream, so that the owner looks for another connection in time
         self.live += 1
         self.streams[s.id] = s
         return s

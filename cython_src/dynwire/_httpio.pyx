@@ -87,7 +87,7 @@ cdef class HttpServerConnection(AsyncServerConnection):
     cdef int protocol_failure(self, object error) except -1:
         if self.dead:
             return 0
-        if isinstance(error, PlaneMismatch) and error.theirs.startswith("dynwire"):
+        if isinstance(error, PlaneMismatch) and error.theirs == "the dynwire tcp plane":
             # Its client tells its caller what it got instead of a HELLO; HTTP/1.1 is what it knows by sight.
             body = (str(error) + "\n").encode()
             head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n"

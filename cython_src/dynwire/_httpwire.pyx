@@ -325,7 +325,7 @@ cdef class HttpWire(Link):
     cdef int check_server(self, size_t n) except -1:
         """(client) The first bytes have to be the header of a SETTINGS frame (RFC 9113 3.4)."""
         cdef const unsigned char *p = self.landed_at
-        cdef size_t have = min(n, <size_t>(64 - len(self.first_bytes)))
+        cdef size_t have = min(n, <size_t>(256 - len(self.first_bytes)))
         if self.rx_bytes - n >= 9:
             return 0
         self.first_bytes += PyBytes_FromStringAndSize(<const char *>p, have)
@@ -333,11 +333,11 @@ cdef class HttpWire(Link):
         # A frame of length < 2^16, type 4 (or 7: GOAWAY), stream 0.
         if head[0:1] == b"\0" and (len(head) < 4 or head[3] in (4, 7)) and not head[5:9].strip(b"\0"):
             return 0
-        theirs = describe_foreign(head)
+        theirs = "the dynwire tcp plane" if b"dynwire tcp plane" in head else describe_foreign(head[:64])
         raise PlaneMismatch(
             f"{self.peer} speaks {theirs}, but this is the dynwire http plane, which needs HTTP/2 there: the worker is on "
             "another plane (check DYN_REQUEST_PLANE on both sides), or a proxy before it does not speak HTTP/2 without TLS",
-            ours="http (HTTP/2)", theirs=theirs, peer=self.peer, details={"head": head.decode("latin-1")},
+            ours="http (HTTP/2)", theirs=theirs, peer=self.peer, details={"head": head[:64].decode("latin-1")},
         )  # fmt: skip
 
     cdef int sniff(self) except -1:
@@ -1246,7 +1246,9 @@ cdef class HttpWire(Link):
             self.engine.now = now
             h2 = self.engine.open_stream()
             if h2 is None or self.dead:  # Python code has run, and with it another thread that may have closed it
-                raise PeerLost(f"the connection to {self.peer} takes no further requests", peer=self.peer, sent="no")
+                raise PeerLost(
+                    f"the connection to {self.peer} takes no further requests", peer=self.peer, sent="no", details={"refused": True}
+                )
             ex.h2 = h2
             ex.stream = stream
             h2.data = ex

@@ -1,4 +1,4 @@
-"""Real sockets for tests of the http plane: managers of both APIs, and raw peers, client or server, that are frames and nothing else."""
+"""Real sockets for tests of the http plane: managers of both APIs, and raw peers, client or server, that speak in frames."""
 
 from __future__ import annotations
 

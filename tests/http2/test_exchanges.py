@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-import dynwire
 from dynwire import Context
 from tests.plane.faces import PATIENCE_S, Manager, Signal, eventually
 
 from . import frames as f
-from .live import ENGINES, FACES, ONE_LOOP, PATH, Raw, h1, managing, raw_client
+from .live import ENGINES, ONE_LOOP, PATH, h1, managing, raw_client
 
 pytestmark = [pytest.mark.usefixtures("discovery_dir"), ONE_LOOP]
 
@@ -67,7 +66,7 @@ async def test_deadline_of_a_raw_request(engine: str) -> None:
         async with raw_client(address) as raw:
             await raw.greet()
             raw.post(1, (b"x-request-timeout-ms", b"50"), (b"x-request-id", b"late"))
-            status, fields, body = await raw.reply(1)
+            status, _, body = await raw.reply(1)
             assert status == 504
             problem = json.loads(body)
             assert (problem["code"], problem["status"], problem["instance"]) == ("deadline_exceeded", 504, "late")
@@ -102,7 +101,7 @@ async def test_a_body_over_the_limit(engine: str) -> None:
         async with raw_client(address) as raw:
             await raw.greet()
             raw.post(1, (b"content-length", b"1001"), body=None)
-            status, fields, body = await raw.reply(1)
+            status, _, body = await raw.reply(1)
             assert (status, json.loads(body)["size"], json.loads(body)["limit"]) == (413, 1001, 1000)
             assert "DYN_TCP_MAX_MESSAGE_SIZE" in json.loads(body)["detail"]
             raw.post(3, body=None)

@@ -9,6 +9,8 @@ import pytest
 
 import dynwire
 from dynwire import ConnectError, PeerLost, PlaneMismatch
+from dynwire.planes.http.async_client import HttpDialler
+from dynwire.planes.http.client import HttpClient
 from tests.plane.faces import PATIENCE_S, eventually
 
 from . import frames as f
@@ -77,6 +79,40 @@ async def test_a_worker_that_leaves_while_it_is_called(face: str, engine: str) -
             await leaves.close(PATIENCE_S)
             assert await asyncio.gather(*calls) == list(range(200))
         assert sorted(ran) == list(range(200)), "each ran once"
+
+
+@ENGINES
+@FACES
+async def test_used_up_stream_ids(face: str, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three ids before its end a connection takes three requests, then the next connection does; callers notice nothing."""
+    for cls, name in ((HttpDialler, "connection"), (HttpClient, "make_connection")):
+        make = getattr(cls, name)
+
+        def near_the_end(*args: Any, make: Any = make) -> Any:
+            connection = make(*args)
+            connection.engine.next_id = (1 << 30) - 5
+            return connection
+
+        monkeypatch.setattr(cls, name, near_the_end)
+
+    async with (
+        raw_server(answering) as server,
+        managing(face, http_engine=engine) as manager,
+        known_as(manager, server.address) as client,
+    ):
+        for _ in range(7):
+            assert await client.call(0) == 1
+        assert await asyncio.gather(*(client.call(0) for _ in range(20))) == [1] * 20
+        used = [[frame.stream for frame in raw.seen if frame.end_stream] for raw in server.connections]
+        assert sum(map(len, used)) == 27
+        assert all(streams == [2**30 - 5, 2**30 - 3, 2**30 - 1][: len(streams)] for streams in used)
+
+
+async def answering(raw: Raw) -> None:
+    await raw.welcome()
+    while (frame := await raw.next()) is not None:
+        if frame.end_stream:
+            raw.answer(frame.stream)
 
 
 @ENGINES
@@ -151,7 +187,7 @@ async def test_discovery_says_another_plane(face: str, ours: str, theirs: str) -
     async with managing(face, request_plane=theirs) as server, managing(face, request_plane=ours) as caller:
         await server.serve(PATH, echo)
         client = await caller.client(PATH, wait=0)
-        for error in (await outcome(client.wait_for_instances()), await outcome(client.call(1))):
+        for error in (await outcome(client.wait_for_instances(timeout=0.1)), await outcome(client.call(1))):
             assert isinstance(error, PlaneMismatch), error
             assert (error.ours, error.theirs) == (ours, theirs)
             assert all(word in str(error) for word in (ours, theirs, "DYN_REQUEST_PLANE"))

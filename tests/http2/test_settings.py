@@ -476,7 +476,7 @@ async def test_max_message_size_of_the_caller(face: str) -> None:
         await server.serve("test.http.large", large)
         client = await caller.client(PATH)
         assert len(await client.call(bytes(1000))) == 1000
-        with pytest.raises(MessageTooLarge, match="1001 bytes.*DYN_TCP_MAX_MESSAGE_SIZE") as caught:
+        with pytest.raises(MessageTooLarge, match=r"1001 bytes.*DYN_TCP_MAX_MESSAGE_SIZE") as caught:
             await client.call(bytes(1001))
         assert (caught.value.size, caught.value.limit, caught.value.sent) == (1001, 1000, "no")
         other = await caller.client("test.http.large")
@@ -553,6 +553,11 @@ async def test_token(face: str) -> None:
                 raw.post(stream, *field)
                 assert (await raw.reply(stream))[0] == status
             assert raw.fields[1][0][b"www-authenticate"] == b"Bearer"
-            for stream, path, status in ((9, "/live", 200), (11, "/ready", 200), (13, "/v1/rpc", 401), (15, "/openapi.json", 401)):
+            for stream, path, status in (
+                (9, "/live", 200),
+                (11, "/ready", 200),
+                (13, "/v1/rpc", 401),
+                (15, "/openapi.json", 401),
+            ):
                 raw.post(stream, path=path, method=b"GET", body=b"")
                 assert (await raw.reply(stream))[0] == status, path

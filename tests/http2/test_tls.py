@@ -12,7 +12,7 @@ import pytest
 import trustme
 
 from dynwire import ConfigError, ConnectError
-from tests.plane.faces import Manager
+from tests.plane.faces import Manager, eventually
 
 from . import frames as f
 from .live import ENGINES, FACES, ONE_LOOP, PATH, Direct, Raw, host_port, managing, outcome, raw_client, raw_server
@@ -164,7 +164,11 @@ async def test_a_server_that_does_not_negotiate_http2(face: str, files: Files) -
 @FACES
 @pytest.mark.parametrize(
     ("setting", "variable"),
-    [("http_tls_cert", "DYNWIRE_HTTP_TLS_CERT"), ("http_tls_key", "DYNWIRE_HTTP_TLS_KEY"), ("http_tls_ca", "DYNWIRE_HTTP_TLS_CA")],
+    [
+        ("http_tls_cert", "DYNWIRE_HTTP_TLS_CERT"),
+        ("http_tls_key", "DYNWIRE_HTTP_TLS_KEY"),
+        ("http_tls_ca", "DYNWIRE_HTTP_TLS_CA"),
+    ],
 )
 @pytest.mark.parametrize("kind", ["missing", "no PEM"])
 async def test_unusable_files(face: str, setting: str, variable: str, kind: str, files: Files, tmp_path: Path) -> None:
@@ -174,11 +178,11 @@ async def test_unusable_files(face: str, setting: str, variable: str, kind: str,
     settings = {"http_tls_cert": files.cert, "http_tls_key": files.key, setting: str(path)}
     async with managing(face, **settings) as manager:
         if setting == "http_tls_ca":
-            direct = Direct(manager, "https://127.0.0.1:1/v1/rpc")
             async with raw_server(silent) as server:
                 direct = Direct(manager, server.address.replace("http:", "https:"))
                 error = await outcome(direct.call(1))
                 await direct.close()
+                await eventually(lambda: server.connections)  # it has got to know the connection, and can close it
         else:
             error = await outcome(manager.serve(PATH, echo))
         assert isinstance(error, ConfigError), repr(error)
