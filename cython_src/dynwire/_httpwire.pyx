@@ -237,6 +237,7 @@ cdef class HttpWire(Link):
         self.first_bytes = b""
         self.routes = {}
         self.bdp_sent = -1.0
+        self.bdp_rtt = INFINITY
         self.bdp_delay = _BDP_FIRST_S
         self.max_streams = 100  # until the server's SETTINGS have come (RFC 9113 6.5.2)
         if is_client:
@@ -555,42 +556,46 @@ cdef class HttpWire(Link):
         return self.h2_capacity()
 
     cdef int h2_pong(self, uint64_t payload) except -1:
-        cdef double rtt, bandwidth
+        cdef double rtt
         if payload == _PING_LEAVING:
             return self.engine.goaway(NO_ERROR, b"", True)
         if payload != _PING_BDP or self.bdp_sent < 0:
             return 0
-        # As hyper does it (HTTP2.md 4.4), but it starts from a larger window and only grows.
+        # The shortest is the path's own; what stands behind data in a queue takes longer. A path that has become longer is
+        # believed in steps.
         rtt = max(self.now - self.bdp_sent, 1e-6)
+        self.bdp_rtt = min(rtt, self.bdp_rtt * 1.125)
         self.bdp_sent = -1.0
-        self.bdp_rtt = rtt if self.bdp_rtt == 0 else self.bdp_rtt + (rtt - self.bdp_rtt) / 8
-        bandwidth = self.bdp_bytes / (1.5 * self.bdp_rtt)
-        if bandwidth > self.bdp_bandwidth:
-            self.bdp_bandwidth = bandwidth
-            if 3 * self.bdp_bytes >= 2 * self.bdp_estimate and self.bdp_estimate < _BDP_LIMIT:
-                self.bdp_estimate = min(max(2 * self.bdp_bytes, self.bdp_estimate), _BDP_LIMIT)
-                self.engine.set_windows(
-                    <uint32_t>self.bdp_estimate, max(self.bdp_estimate, <uint64_t>self.engine.connection_window)
-                )
-                self.bdp_delay = max(self.bdp_delay / 2, 0.01)
-                self.bdp_stable = 0
-                self.bdp_next = self.now + self.bdp_delay
-                return 0
-        self.bdp_stable += 1
-        if self.bdp_stable >= 2 and self.bdp_delay < _BDP_LAST_S:
-            self.bdp_delay *= 4
-            self.bdp_stable = 0
         self.bdp_next = self.now + self.bdp_delay
+        self.bdp_delay = min(self.bdp_delay * 4, _BDP_LAST_S)
         return 0
 
     cdef int measure(self, size_t n) except -1:
-        """Count what arrives between a PING and its answer: the bandwidth-delay product of the path."""
-        if self.bdp_sent >= 0:
-            self.bdp_bytes += n
-        elif self.now >= self.bdp_next and self.bdp_estimate < _BDP_LIMIT:
+        """Count what arrives in one round trip: near to a whole window it was the window that limited the sender.
+
+        hyper decides when a PING comes back (HTTP2.md 4.4): a window too small then costs two round trips for every doubling.
+        A round trip that is known needs no PING to be counted, and one that is still going on is not shorter than what it has
+        taken so far: both allow to grow while the data arrive, so that the peer has the new window in the next round trip.
+        Four times, because a full window tells nothing about how much more the path carries. More than the path carries in
+        its shortest round trip is not granted: 2/3 of a window beyond 1.5 times that never arrive within it.
+        """
+        if self.bdp_estimate >= _BDP_LIMIT:
+            return 0
+        if self.bdp_sent < 0 and self.now >= self.bdp_next:
             self.bdp_sent = self.now
-            self.bdp_bytes = n
             self.engine.ping(_PING_BDP)
+        if self.now - self.bdp_from > self.bdp_rtt:
+            self.bdp_from = self.now
+            self.bdp_bytes = 0
+        self.bdp_bytes += n
+        if 3 * self.bdp_bytes >= 2 * self.bdp_estimate:
+            self.bdp_estimate = min(4 * self.bdp_estimate, _BDP_LIMIT)
+            self.engine.set_windows(
+                <uint32_t>self.bdp_estimate, max(self.bdp_estimate, <uint64_t>self.engine.connection_window)
+            )
+            self.bdp_bytes = 0
+            self.bdp_delay = _BDP_FIRST_S
+            self.bdp_next = min(self.bdp_next, self.now + self.bdp_delay)
         return 0
 
     cdef int h2_goaway(self, uint32_t last_id, uint32_t code, bytes debug) except -1:
