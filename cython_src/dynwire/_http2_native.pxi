@@ -13,6 +13,17 @@ cdef class Piece:
         dw_buf_free(&self.own)
 
 
+cdef void _trim(NativeEngine e) noexcept:
+    """Without streams, no more than a few KiB stay: a burst should not keep its peak for the life of the connection."""
+    if e.live:
+        return
+    if e.wbuf.cap > IDLE_BYTES and e.wpos == e.wbuf.n:
+        dw_buf_free(&e.wbuf)
+        e.wpos = 0
+    if e.obuf.cap > IDLE_BYTES and e.obuf.n == 0:
+        dw_buf_free(&e.obuf)
+
+
 cdef class NativeEngine(Http2Engine):
     """The state machine of this package."""
 
@@ -97,6 +108,7 @@ cdef class NativeEngine(Http2Engine):
                         free(self.rbuf)
                     self.rbuf = NULL
                     self.rcap = 0
+                _trim(self)
         return 0
 
     cdef int fail(self, uint32_t code, str text) except -1:
@@ -1395,6 +1407,7 @@ cdef class NativeEngine(Http2Engine):
             s.bits |= SB_RELEASED
             if s.state == ST_CLOSED and not self.is_client:
                 self._uncount(s)
+                _trim(self)
         return 0
 
     cdef int ping(self, uint64_t payload) except -1:
@@ -1470,10 +1483,10 @@ cdef class NativeEngine(Http2Engine):
         n -= take
         if self.wpos == self.wbuf.n:
             self.control_w = 0
-            # a burst should not keep its peak for the life of the connection
-            if self.wbuf.cap > COPY_BACKLOG or (self.live == 0 and self.wbuf.cap > 8192):
+            if self.wbuf.cap > COPY_BACKLOG:
                 dw_buf_free(&self.wbuf)
                 self.wpos = 0
+            _trim(self)
         while n:
             take = min(n, FRAME_HEAD + self.refs[self.ref_i].size - self.ref_done)
             self.ref_done += take
@@ -1557,4 +1570,5 @@ cdef class NativeEngine(Http2Engine):
             "send_window": self.send_window, "recv_window": self.recv_window, "unannounced": self.unannounced,
             "granted": self.granted, "received": self.flow_received, "unread": self.unread, "queued": self.queued_total,
             "backlog": self.backlog(), "streams": streams,
+            "held": self.rcap + self.block.cap + self.obuf.cap + self.wbuf.cap,
         }  # fmt: skip

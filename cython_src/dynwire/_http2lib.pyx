@@ -669,6 +669,7 @@ cdef class LibraryEngine(Http2Engine):
             "recv_window": self.conn.inbound_flow_control_window,
             # h2 gives back by itself what comes on streams that have been reset, so only the sum is known
             "granted": self.flow_received + self.conn.inbound_flow_control_window,
+            "held": self.backlog() + len(self.partial) + (0 if self.inbox is None else INBOX),
             "received": self.flow_received,
             "queued": sum(item["queued"] for item in streams.values()),
             "backlog": self.backlog(),

@@ -86,14 +86,13 @@ cdef class HttpWire(Link):
     cdef bytes first_bytes
     cdef list stops                # request ids of which the server has to be told
     # adaptive window
-    cdef double bdp_sent
-    cdef double bdp_rtt
-    cdef double bdp_next
-    cdef double bdp_delay
-    cdef double bdp_bandwidth
+    cdef double bdp_sent           # the PING that is under way, negative without one
+    cdef double bdp_rtt            # shortest round trip, infinity before the first
+    cdef double bdp_next           # no PING before
+    cdef double bdp_delay          # between PINGs
+    cdef double bdp_from           # since when bytes are counted
     cdef uint64_t bdp_bytes
     cdef uint64_t bdp_estimate
-    cdef int bdp_stable
     cdef dw_buf scratch
 
     cdef int make_engine(self) except -1
