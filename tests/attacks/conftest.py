@@ -77,9 +77,9 @@ class Connection:
                 self.closed = True
         return self.closed
 
-    def take(self) -> None:
+    def take(self, size: int = 262144) -> None:
         try:
-            data = self.sock.recv(262144)
+            data = self.sock.recv(size)
         except BlockingIOError:
             return
         except (ConnectionResetError, BrokenPipeError):

@@ -24,6 +24,13 @@ async def endless(request: Any) -> AsyncIterator[bytes]:
         yield ITEM
 
 
+async def tokens(request: dynwire.Payload) -> AsyncIterator[bytes]:
+    """As many items of one byte as the request has bytes, each in a turn of the loop of its own."""
+    for _ in range(len(request)):
+        yield b"x"
+        await asyncio.sleep(0)
+
+
 async def wait(request: Any) -> None:
     """Never answers."""
     await asyncio.get_running_loop().create_future()
@@ -35,7 +42,7 @@ async def size(request: dynwire.Payload) -> int:
 
 async def main(settings: dict[str, Any]) -> None:
     manager = dynwire.AsyncNetworkManager(request_plane="http", http_host="127.0.0.1", http_port=0, **settings)
-    for handler in (echo, endless, wait, size):
+    for handler in (echo, endless, tokens, wait, size):
         service = await manager.endpoint(f"a.t.{handler.__name__}").serve(handler)
     port = service.instance.address.rpartition(":")[2].partition("/")[0]
     os.write(1, f"ready {port}\n".encode())

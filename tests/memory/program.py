@@ -1,4 +1,4 @@
-"""The processes of these tests: ``program.py ROLE LOOP [FACE or NUMBER]``. Prints JSON lines."""
+"""The processes of these tests: ``program.py ROLE LOOP [FACE or NUMBER]``. Prints JSON lines. Environment: the plane."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from typing import Any
 import dynwire
 
 ITEM = bytes(1 << 20)
+MIXED = 10_000
+"""calls and streams; a twentieth is given up, since an http server ends a connection with 1,000 resets at once"""
 
 
 def say(value: Any) -> None:
@@ -46,6 +48,11 @@ async def idle(request: int) -> AsyncIterator[int]:
 async def flood(request: int) -> AsyncIterator[bytes]:
     for _ in range(request):
         yield ITEM
+
+
+async def few(request: int) -> AsyncIterator[int]:
+    for i in range(request):
+        yield i
 
 
 SERVER: list[dynwire.AsyncNetworkManager] = []
@@ -86,10 +93,18 @@ async def size_of(request: dynwire.Payload) -> int:
     return len(request)
 
 
+async def state(request: Any) -> dict[str, int]:
+    """What the server holds, this request included."""
+    server: Any = SERVER[0].server()
+    found = server.stats()
+    streams = sum(connection["streams"] for connection in found)
+    return {"connections": len(found), "streams": streams, "tasks": len(asyncio.all_tasks())}
+
+
 async def serve() -> None:
     manager = dynwire.AsyncNetworkManager(tcp_host="127.0.0.1")
     SERVER.append(manager)
-    for handler in (echo, idle, flood, receive, size_of):
+    for handler in (echo, idle, flood, few, state, receive, size_of):
         await manager.endpoint(f"m.w.{handler.__name__}").serve(handler)
     say("ready")
     await asyncio.get_running_loop().create_future()
@@ -219,6 +234,70 @@ def calls_blocking() -> None:
     time.sleep(1000)
 
 
+async def mixed_async() -> None:
+    """Calls, streams that are read and streams that are given up, on few connections."""
+    manager = dynwire.AsyncNetworkManager(tcp_pool_size=2)
+    echoes, fews, idles, states = [await async_client(manager, name) for name in ("echo", "few", "idle", "state")]
+
+    async def some(count: int) -> None:
+        for i in range(count):
+            if i % 20 < 11:
+                assert await echoes.call(i) == i
+            elif i % 20 < 19:
+                async with fews.stream(3) as stream:
+                    assert [item async for item in stream] == [0, 1, 2]
+            else:
+                async with idles.stream(i) as stream:
+                    assert await anext(stream) == i
+
+    async def many(count: int) -> dict[str, Any]:
+        await asyncio.gather(*(some(count // 20) for _ in range(20)))
+        held = await states.call(0)
+        while held["streams"] > 1:  # the last ones that were given up
+            held = await states.call(0)
+        settle()
+        runtime = next(iter(manager._runtimes.values()))
+        stats: Any = runtime.client("msgpack")
+        streams = sum(connection["streams"] for found in stats.stats().values() for connection in found)
+        return {"server": held, "streams": streams, "tasks": len(asyncio.all_tasks()), "threads": threading.active_count()}
+
+    announce(await many(MIXED // 5))
+    say(await many(MIXED))
+    await asyncio.get_running_loop().create_future()
+
+
+def mixed_blocking() -> None:
+    manager = dynwire.NetworkManager(tcp_pool_size=2)
+    echoes, fews, idles, states = [client(manager, name) for name in ("echo", "few", "idle", "state")]
+
+    def some(count: int) -> None:
+        for i in range(count):
+            if i % 20 < 11:
+                assert echoes.call(i) == i
+            elif i % 20 < 19:
+                with fews.stream(3) as stream:
+                    assert list(stream) == [0, 1, 2]
+            else:
+                with idles.stream(i) as stream:
+                    assert next(stream) == i
+
+    def many(count: int) -> dict[str, Any]:
+        threads = [threading.Thread(target=some, args=(count // 4,)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        held = states.call(0)
+        while held["streams"] > 1:
+            held = states.call(0)
+        settle()
+        return {"server": held, "threads": threading.active_count()}
+
+    announce(many(MIXED // 5))
+    say(many(MIXED))
+    time.sleep(1000)
+
+
 async def large() -> None:
     manager = dynwire.AsyncNetworkManager()
     caller = await async_client(manager, "receive")
@@ -254,7 +333,7 @@ def send_blocking() -> None:
 def main() -> None:
     role, loop, *rest = sys.argv[1:]
     if rest and rest[-1] == "blocking":
-        {"drain": drain_blocking, "calls": calls_blocking, "send": send_blocking}[role]()
+        {"drain": drain_blocking, "calls": calls_blocking, "mixed": mixed_blocking, "send": send_blocking}[role]()
         return
     factory: Any = asyncio.new_event_loop
     if loop == "uvloop":
@@ -262,6 +341,7 @@ def main() -> None:
 
         factory = uvloop.new_event_loop
     made: Any = {"serve": serve, "drain": drain_async, "calls": calls_async, "large": large, "send": send_async}
+    made["mixed"] = mixed_async
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(open_idle(int(rest[0])) if role == "idle" else made[role]())
 
