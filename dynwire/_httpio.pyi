@@ -3,6 +3,7 @@ import socket
 import ssl
 from collections.abc import Callable, Iterator
 from contextvars import Context as ContextVars
+from socket import SHUT_WR as SHUT_WR
 from typing import Any, Final, Self
 
 from typing_extensions import disjoint_base
@@ -199,6 +200,7 @@ class BlockingItemStream:
     def close(self) -> None: ...
     def __del__(self) -> None: ...
 
+@disjoint_base
 class HttpServerConnection(AsyncServerConnection):
     def __new__(
         cls,

@@ -417,8 +417,9 @@ cdef object goaway_error(Link conn, int code, str text):
 
 cdef object not_taken(Link conn, str text):
     return PeerLost(
-        f"{conn.peer} is shutting down ({text}) and did not take the request", peer=conn.peer, sent="no", details={"refused": True}
-    )
+        f"{conn.peer} is shutting down ({text}) and did not take the request", peer=conn.peer, sent="no",
+        details={"refused": True},
+    )  # fmt: skip
 
 
 cdef object silent_error(Link conn, double now):

@@ -1257,8 +1257,9 @@ cdef class HttpWire(Link):
             h2 = self.engine.open_stream()
             if h2 is None or self.dead:  # Python code has run, and with it another thread that may have closed it
                 raise PeerLost(
-                    f"the connection to {self.peer} takes no further requests", peer=self.peer, sent="no", details={"refused": True}
-                )
+                    f"the connection to {self.peer} takes no further requests", peer=self.peer, sent="no",
+                    details={"refused": True},
+                )  # fmt: skip
             ex.h2 = h2
             ex.stream = stream
             h2.data = ex
