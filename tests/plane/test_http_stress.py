@@ -232,9 +232,7 @@ async def test_nothing_is_left_over(engine: str, face: str, security: str, autho
 
         with ThreadPoolExecutor(16) as threads:
             loop = asyncio.get_running_loop()
-            await asyncio.gather(
-                *(loop.run_in_executor(threads, thread, random.Random(rng.random())) for _ in range(16))
-            )
+            await asyncio.gather(*(loop.run_in_executor(threads, thread, random.Random(rng.random())) for _ in range(16)))
     await eventually(lambda: server.in_flight() == 0)
     await eventually(lambda: all(s["streams"] == 0 and s["backlog"] == 0 for s in server.stats()))
     sides = client.stats()[server.address]

@@ -207,10 +207,7 @@ async def test_windows_after_any_replies(engine: str, seed: int, face: str) -> N
                 loop = asyncio.get_running_loop()
                 for _ in range(6):
                     await asyncio.gather(
-                        *(
-                            loop.run_in_executor(threads, read_blocking, channel, random.Random(rng.random()))
-                            for _ in range(8)
-                        )
+                        *(loop.run_in_executor(threads, read_blocking, channel, random.Random(rng.random())) for _ in range(8))
                     )
                 last = await loop.run_in_executor(threads, channel.call, b"last", PATIENCE_S)
         assert len(last) == 900_000
