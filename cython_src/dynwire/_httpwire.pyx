@@ -21,7 +21,6 @@ from libc.math cimport INFINITY
 from libc.string cimport memcpy
 
 import hmac
-import threading
 from http import HTTPStatus
 
 import msgspec
@@ -217,10 +216,9 @@ cdef class HttpWire(Link):
     """State machine of one connection of the http plane. See the module's docstring."""
 
     def __init__(self, bint is_client, *, max_message=33554432, str root="/v1/rpc", str authority="", str scheme="http",
-                 token=None, str engine="native", bint adaptive=True, pages=None, bint threads=False, **limits):
+                 token=None, str engine="native", bint adaptive=True, pages=None, lock=None, **limits):
         self.is_client = is_client
-        if threads and engine != "native":
-            self.lock = threading.RLock()
+        self.lock = lock
         self.max_message = max_message
         self.peer_max_message = max_message
         self.root = root
