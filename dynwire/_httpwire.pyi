@@ -27,6 +27,7 @@ class HttpWire(Link):
         engine: str = "native",
         adaptive: bool = True,
         pages: Callable[[Any], tuple[int, list[tuple[bytes, bytes]], bytes]] | None = None,
+        threads: bool = False,
         **limits: Any,
     ) -> Self: ...
     @property

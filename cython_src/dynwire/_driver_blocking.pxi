@@ -252,7 +252,7 @@ cdef class BlockingConnection(Machine):
         """
         cdef dw_chunk chunks[MAX_CHUNKS]
         cdef dw_chunk targets[MAX_TARGETS]
-        cdef int places
+        cdef int places, parts
         cdef ssize_t written, n = -1
         cdef int code = EAGAIN
         cdef int fd = self.fd
@@ -262,7 +262,12 @@ cdef class BlockingConnection(Machine):
             or not self.one_piece() or self.next_wakeup() - now < SLICE_MS * 0.001
         ):  # fmt: skip
             return 0
-        if self.gather(chunks, 1048576) != 1:
+        self.writer_active = True  # a machine may let other threads run meanwhile
+        try:
+            parts = self.gather(chunks, 1048576)
+        finally:
+            self.writer_active = False
+        if parts != 1 or self.dead or self.reader_active:
             return 0
         places = self.recv_targets(targets)
         self.exchanged = chunks[0].len

@@ -55,6 +55,7 @@ cdef class _Events(Http2Owner):
 cdef class HttpWire(Link):
     cdef readonly Http2Engine engine
     cdef _Events events
+    cdef object lock               # of connections that threads share, where the engine is not our own; or None
     cdef readonly str root         # path before the endpoints
     cdef readonly str authority
     cdef readonly str scheme
@@ -95,6 +96,15 @@ cdef class HttpWire(Link):
     cdef uint64_t bdp_estimate
     cdef dw_buf scratch
 
+    cdef int received_(self, size_t n, double now) except -1
+    cdef int consumed_(self, StreamBase stream, int64_t cost) except -1
+    cdef int put_cancel_(self, StreamBase stream, int kind) except -1
+    cdef int abandon_(self, StreamBase stream, int kind) except -1
+    cdef int gather_(self, dw_chunk *chunks, size_t limit) except -1
+    cdef int sent_(self, size_t n) except -1
+    cdef int time_passed_(self, double now) except -1
+    cdef int send_request_(self, StreamBase stream, str endpoint, object data, int kind, bytes meta, double deadline, double due,
+                           double now) except -1
     cdef int make_engine(self) except -1
     cdef int check_server(self, size_t n) except -1
     cdef int h1_flush(self) except -1

@@ -21,6 +21,7 @@ from libc.math cimport INFINITY
 from libc.string cimport memcpy
 
 import hmac
+import threading
 from http import HTTPStatus
 
 import msgspec
@@ -216,8 +217,10 @@ cdef class HttpWire(Link):
     """State machine of one connection of the http plane. See the module's docstring."""
 
     def __init__(self, bint is_client, *, max_message=33554432, str root="/v1/rpc", str authority="", str scheme="http",
-                 token=None, str engine="native", bint adaptive=True, pages=None, **limits):
+                 token=None, str engine="native", bint adaptive=True, pages=None, bint threads=False, **limits):
         self.is_client = is_client
+        if threads and engine != "native":
+            self.lock = threading.RLock()
         self.max_message = max_message
         self.peer_max_message = max_message
         self.root = root
@@ -287,6 +290,60 @@ cdef class HttpWire(Link):
             out["held"] += out["windows"]["held"]
         return out
 
+    # ---- threads ---------------------------------------------------------------------------------------------------------
+
+    # The h2 library is Python code, in which threads take turns anywhere: one at a time may be in it, and a request's stream is
+    # opened and its headers are written in one go. The native engine needs no lock, it never releases the GIL.
+
+    cdef int received(self, size_t n, double now) except -1:
+        if self.lock is None:
+            return self.received_(n, now)
+        with self.lock:
+            return self.received_(n, now)
+
+    cdef int consumed(self, StreamBase stream, int64_t cost) except -1:
+        if self.lock is None:
+            return self.consumed_(stream, cost)
+        with self.lock:
+            return self.consumed_(stream, cost)
+
+    cdef int put_cancel(self, StreamBase stream, int kind) except -1:
+        if self.lock is None:
+            return self.put_cancel_(stream, kind)
+        with self.lock:
+            return self.put_cancel_(stream, kind)
+
+    cdef int abandon(self, StreamBase stream, int kind) except -1:
+        if self.lock is None:
+            return self.abandon_(stream, kind)
+        with self.lock:
+            return self.abandon_(stream, kind)
+
+    cdef int gather(self, dw_chunk *chunks, size_t limit):
+        if self.lock is None:
+            return self.gather_(chunks, limit)
+        with self.lock:
+            return self.gather_(chunks, limit)
+
+    cdef int sent(self, size_t n) except -1:
+        if self.lock is None:
+            return self.sent_(n)
+        with self.lock:
+            return self.sent_(n)
+
+    cdef int time_passed(self, double now) except -1:
+        if self.lock is None:
+            return self.time_passed_(now)
+        with self.lock:
+            return self.time_passed_(now)
+
+    cdef int send_request(self, StreamBase stream, str endpoint, object data, int kind, bytes meta, double deadline, double due,
+                          double now) except -1:
+        if self.lock is None:
+            return self.send_request_(stream, endpoint, data, kind, meta, deadline, due, now)
+        with self.lock:
+            return self.send_request_(stream, endpoint, data, kind, meta, deadline, due, now)
+
     # ---- receiving -----------------------------------------------------------------------------------------------------
 
     cdef int recv_targets(self, dw_chunk *targets):
@@ -302,7 +359,7 @@ cdef class HttpWire(Link):
         self.landed_at = base
         return 1
 
-    cdef int received(self, size_t n, double now) except -1:
+    cdef int received_(self, size_t n, double now) except -1:
         self.rx_bytes += n
         self.now = now
         self.last_rx = now
@@ -1231,8 +1288,8 @@ cdef class HttpWire(Link):
             self.prefixes[endpoint] = fields
         return fields
 
-    cdef int send_request(self, StreamBase stream, str endpoint, object data, int kind, bytes meta, double deadline, double due,
-                          double now) except -1:
+    cdef int send_request_(self, StreamBase stream, str endpoint, object data, int kind, bytes meta, double deadline, double due,
+                           double now) except -1:
         cdef Exchange ex = Exchange.__new__(Exchange)
         cdef Http2Stream h2
         cdef list fields = list(self.prefix_of(endpoint))
@@ -1495,7 +1552,7 @@ cdef class HttpWire(Link):
             ex.unread += size + ITEM_HEADER
         return stream.on_item(item, kind, last)
 
-    cdef int consumed(self, StreamBase stream, int64_t cost) except -1:
+    cdef int consumed_(self, StreamBase stream, int64_t cost) except -1:
         cdef Exchange ex = None if stream is None else stream.under
         cdef int64_t given
         if ex is None:
@@ -1510,7 +1567,7 @@ cdef class HttpWire(Link):
                 self.give_back_early(ex)
         return 0
 
-    cdef int put_cancel(self, StreamBase stream, int kind) except -1:
+    cdef int put_cancel_(self, StreamBase stream, int kind) except -1:
         """(client) Ask the handler to finish early: a request of its own, which names this one by its id."""
         cdef Exchange ex = stream.under
         if ex is None or ex.stream is None or kind != 1:
@@ -1533,7 +1590,7 @@ cdef class HttpWire(Link):
             self.engine.send_headers(h2, fields, True)
         return self.wrote()
 
-    cdef int abandon(self, StreamBase stream, int kind) except -1:
+    cdef int abandon_(self, StreamBase stream, int kind) except -1:
         cdef Exchange ex = stream.under
         if ex is None or ex.stream is not stream:
             return 0
@@ -1593,7 +1650,7 @@ cdef class HttpWire(Link):
     cdef uint64_t handed_upto(self):
         return self.tx_frames_bytes + self.gathered
 
-    cdef int gather(self, dw_chunk *chunks, size_t limit):
+    cdef int gather_(self, dw_chunk *chunks, size_t limit) except -1:
         cdef int n, i
         if self.engine is not None:
             n = self.engine.gather(chunks, limit)
@@ -1608,7 +1665,7 @@ cdef class HttpWire(Link):
         chunks[0].len = self.h1_out.n - self.h1_sent
         return 1
 
-    cdef int sent(self, size_t n) except -1:
+    cdef int sent_(self, size_t n) except -1:
         self.tx_frames_bytes += n
         if self.engine is not None:
             return self.engine.sent(n)
@@ -1623,7 +1680,7 @@ cdef class HttpWire(Link):
         cdef double when = min(Link.next_wakeup(self), self.head_at)
         return min(when, self.engine.next_wakeup()) if self.engine is not None else when
 
-    cdef int time_passed(self, double now) except -1:
+    cdef int time_passed_(self, double now) except -1:
         self.now = now
         Link.time_passed(self, now)
         if now >= self.head_at and not self.dead:

@@ -52,5 +52,6 @@ class HttpClient(SocketClient):
             address,
             self._options,
             pool,
+            threads=True,
             **client_keywords(parsed, self._config, self._context),
         )
