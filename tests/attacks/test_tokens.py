@@ -11,6 +11,7 @@ import socket
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -59,7 +60,7 @@ def test_our_server_sends_to_a_slow_reader(server: Server) -> None:
                 if frame.payload:
                     granted += f.window_update(0, len(frame.payload)) + f.window_update(1, len(frame.payload))
         at = len(reader.frames)
-        reader.send(granted, read=False)
+        reader.send(bytes(granted), read=False)
         time.sleep(0.001)  # the reader's pace
     print(f"{COUNT} items in {data_frames} frames")
     assert [item for item in items_of(bytes(body)) if item] == [b"x"] * COUNT
@@ -85,7 +86,7 @@ def test_a_slow_sender_and_our_server_that_is_slow_too(server: Server) -> None:
             rest = rest[sender.sock.send(rest[:65536]) :]
     finally:
         os.kill(server.process.pid, signal.SIGCONT)
-    sender.send(rest, f.data(1, end=True))
+    sender.send(bytes(rest), f.data(1, end=True))
     assert items_of(sender.body(1))[0] == struct.pack(">BI", 0xCE, total), "an integer of msgpack"
     assert not sender.resets()
     sender.alive()
@@ -110,8 +111,9 @@ async def test_our_client_is_slow(discovery_dir: Path, engine: str) -> None:
 
     async with raw_server(script) as far, managing(http_engine=engine) as manager:
         direct = Direct(manager, far.address)
-        await direct.channel.connect()
-        stream = direct.channel.stream(0, PATIENCE_S)
+        channel: Any = direct.channel
+        await channel.connect()
+        stream = channel.stream(0, PATIENCE_S)
         assert await anext(stream) == 1
         await sent.wait()
         await eventually(lambda: direct.stats()[0]["rx_bytes"] >= COUNT * len(f.data(1, item)))

@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -232,6 +233,9 @@ def run_snippet(snippet: Snippet, workspace: Path) -> None:
         case "python":
             run_python(snippet, workspace)
         case "console":
+            for program in ("curl", "jq"):
+                if re.search(rf"\b{program} -|\| {program}\b", snippet.text) and shutil.which(program) is None:
+                    pytest.skip(f"{program} is not installed (apt-get install {program})")
             run_console(snippet, workspace)
         case "bash" | "sh":
             status, output = run(["bash", "-euo", "pipefail", "-c", snippet.text], workspace)
