@@ -179,12 +179,16 @@ def test_window_overflow(server: Server) -> None:
     server.check()
 
 
-def test_more_data_than_granted(server: Server) -> None:
-    """A request that ignores the connection's window (4 MiB), or, before that, its stream's."""
+def test_more_data_than_the_first_window_and_then_a_reset(server: Server) -> None:
+    """More than the connection's window (4 MiB) of a request that never becomes complete: read at once, given up with its stream.
+
+    What has come of it is held until then, so this stays below the bound for memory. Windows that are really overrun are a matter
+    of the sans-IO tests: over a socket requests are given back as they arrive.
+    """
     attacker = server.attacker()
     attacker.send(request(1, "size", *RAW, (b"content-length", b"33000000")))
-    server.flood(attacker, [f.data(1, bytes(1_000_000))] * 8)
-    attacker.alive()  # requests are read at once, so no window was exceeded
+    server.flood(attacker, [f.data(1, bytes(1_000_000))] * 6)
+    attacker.alive()
     attacker.send(f.rst_stream(1))
     server.check()
 
