@@ -260,6 +260,7 @@ cdef class HttpWire(Link):
         self.events.wire = self
         self.engine = cls(self.events, self.is_client, **self.limits)
         self.bdp_estimate = self.engine.stream_window
+        self.window_ratio = <double>self.engine.connection_window / self.engine.stream_window
         return 0
 
     def start(self, *, str software="", bytes connection_id=b"", token=None, accept_timeout_ms=10000):
@@ -678,8 +679,10 @@ cdef class HttpWire(Link):
         self.bdp_bytes += n
         if 3 * self.bdp_bytes >= 2 * self.bdp_estimate:
             self.bdp_estimate = min(4 * self.bdp_estimate, _BDP_LIMIT)
+            # The connection's window keeps its proportion: a single slow reader could fill it and hold up all others.
             self.engine.set_windows(
-                <uint32_t>self.bdp_estimate, max(self.bdp_estimate, <uint64_t>self.engine.connection_window)
+                <uint32_t>self.bdp_estimate,
+                max(<uint64_t>min(self.window_ratio * self.bdp_estimate, 2147483647.0), <uint64_t>self.engine.connection_window),
             )
             self.bdp_bytes = 0
             self.bdp_delay = _BDP_FIRST_S
