@@ -435,9 +435,9 @@ cdef class BlockingConnection(Machine):
             return 1
         if n == 0:
             self.lost(PeerLost(f"{self.peer} closed the connection", peer=self.peer, sent="maybe"))
-        elif code == EINTR:
-            PyErr_CheckSignals()
-        elif code != EAGAIN:
+        elif code == EINTR or code == EAGAIN:
+            PyErr_CheckSignals()  # also after a slice: a signal may have come just before the system call
+        else:
             self.lost(PeerLost(
                 f"the connection to {self.peer} broke while receiving: {read_error_text(code)}", peer=self.peer, sent="maybe"
             ))  # fmt: skip
