@@ -680,8 +680,9 @@ cdef class HttpWire(Link):
         self.bdp_bytes += n
         if 3 * self.bdp_bytes >= 2 * self.bdp_estimate:
             self.bdp_estimate = min(4 * self.bdp_estimate, _BDP_LIMIT)
+            # Four streams' worth for the connection, as in the beginning: one that nobody reads must not hold up the others.
             self.engine.set_windows(
-                <uint32_t>self.bdp_estimate, max(self.bdp_estimate, <uint64_t>self.engine.connection_window)
+                <uint32_t>self.bdp_estimate, max(4 * self.bdp_estimate, <uint64_t>self.engine.connection_window)
             )
             self.bdp_bytes = 0
             self.bdp_delay = _BDP_FIRST_S
