@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 from typing_extensions import disjoint_base
@@ -27,7 +28,7 @@ class HttpWire(Link):
         engine: str = "native",
         adaptive: bool = True,
         pages: Callable[[Any], tuple[int, list[tuple[bytes, bytes]], bytes]] | None = None,
-        threads: bool = False,
+        lock: AbstractContextManager[Any] | None = None,
         **limits: Any,
     ) -> Self: ...
     @property

@@ -94,6 +94,7 @@ cdef class HttpWire(Link):
     cdef double bdp_from           # since when bytes are counted
     cdef uint64_t bdp_bytes
     cdef uint64_t bdp_estimate
+    cdef double window_ratio       # of the connection's window to that of a stream
     cdef dw_buf scratch
 
     cdef int received_(self, size_t n, double now) except -1

@@ -21,7 +21,6 @@ from libc.math cimport INFINITY
 from libc.string cimport memcpy
 
 import hmac
-import threading
 from http import HTTPStatus
 
 import msgspec
@@ -217,10 +216,9 @@ cdef class HttpWire(Link):
     """State machine of one connection of the http plane. See the module's docstring."""
 
     def __init__(self, bint is_client, *, max_message=33554432, str root="/v1/rpc", str authority="", str scheme="http",
-                 token=None, str engine="native", bint adaptive=True, pages=None, bint threads=False, **limits):
+                 token=None, str engine="native", bint adaptive=True, pages=None, lock=None, **limits):
         self.is_client = is_client
-        if threads and engine != "native":
-            self.lock = threading.RLock()
+        self.lock = lock
         self.max_message = max_message
         self.peer_max_message = max_message
         self.root = root
@@ -262,6 +260,7 @@ cdef class HttpWire(Link):
         self.events.wire = self
         self.engine = cls(self.events, self.is_client, **self.limits)
         self.bdp_estimate = self.engine.stream_window
+        self.window_ratio = <double>self.engine.connection_window / self.engine.stream_window
         return 0
 
     def start(self, *, str software="", bytes connection_id=b"", token=None, accept_timeout_ms=10000):
@@ -680,9 +679,10 @@ cdef class HttpWire(Link):
         self.bdp_bytes += n
         if 3 * self.bdp_bytes >= 2 * self.bdp_estimate:
             self.bdp_estimate = min(4 * self.bdp_estimate, _BDP_LIMIT)
-            # Four streams' worth for the connection, as in the beginning: one that nobody reads must not hold up the others.
+            # The connection's window keeps its proportion: a single slow reader could fill it and hold up all others.
             self.engine.set_windows(
-                <uint32_t>self.bdp_estimate, max(4 * self.bdp_estimate, <uint64_t>self.engine.connection_window)
+                <uint32_t>self.bdp_estimate,
+                max(<uint64_t>min(self.window_ratio * self.bdp_estimate, 2147483647.0), <uint64_t>self.engine.connection_window),
             )
             self.bdp_bytes = 0
             self.bdp_delay = _BDP_FIRST_S

@@ -199,7 +199,8 @@ async def test_nothing_is_left_over(engine: str, face: str, security: str, autho
     rng = random.Random(f"{engine} {face} {security}")
     in_use = get_pool().in_use_bytes
     settings = {
-        "http_engine": engine, "http_host": "127.0.0.1", "http_port": 0, "tcp_pool_size": 2, "tcp_request_timeout": PATIENCE_S, "http_stream_window": 262_144,
+        "http_engine": engine, "http_host": "127.0.0.1", "http_port": 0, "tcp_pool_size": 2, "tcp_request_timeout": PATIENCE_S,
+        "http_stream_window": 262_144,
         "http_connection_window": 524_288, "http_adaptive_window": False, **(authority if security == "tls" else {}),
     }  # fmt: skip
     config = load_config(settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import socket
+import threading
 
 from ..._httpio import BlockingConnection, BlockingItemStream, BlockingPool, BlockingSocketChannel
 from ...config import Config
@@ -52,6 +53,6 @@ class HttpClient(SocketClient):
             address,
             self._options,
             pool,
-            threads=True,
+            lock=None if self._config.http.engine == "native" else threading.RLock(),
             **client_keywords(parsed, self._config, self._context),
         )
