@@ -84,7 +84,8 @@ async def test_node(managers: Managers, node_server: NodeServer, mode: str) -> N
         if mode in ("one-stream", "fewer-streams"):
             most = max(map(int, re.findall(r"most (\d+)", server.said())))
             assert most <= (1 if mode == "one-stream" else 2)
-    assert "error" not in server.said()
+    # A socket that we close with frames unread (an acknowledgement, say) is reset; wrong frames of ours would stand there too.
+    assert "error" not in server.said().replace("session error read ECONNRESET", "")
 
 
 async def test_node_headers_trailers_and_pages(managers: Managers, node_server: NodeServer) -> None:
