@@ -112,7 +112,6 @@ cdef class WireConnection(Link):
     cdef int64_t recv_credit
     cdef int64_t refund
     cdef list interned                        # (server) endpoint number -> target
-    cdef uint16_t next_endpoint
     cdef dict endpoint_numbers                # (client)
 
     cdef int on_pong(self, uint32_t a, uint32_t b) except -1

@@ -8,7 +8,6 @@ from ._link cimport Link, StreamBase
 cdef enum:
     ITEM_HEADER = 5              # before each item in the format of our own client: u8 kind, u32 length, big-endian
     ITEM_ERROR = 3               # kinds beyond those of codec.KINDS
-    ITEM_ACCEPT = 4
     LARGE_ITEM = 65536           # from this size on an item lives in a pooled block, and is sent from its owner's memory
     ERROR_BODY = 65536           # bytes of a foreign error page that are kept
     SNIFF_BYTES = 65536          # receive buffer of a connection that is not HTTP/2 (yet)
@@ -67,7 +66,6 @@ cdef class HttpWire(Link):
     # server: what comes before it is known which protocol the peer speaks, and HTTP/1.1
     cdef object h1
     cdef dw_buf early_in
-    cdef size_t early_at
     cdef dw_buf h1_out
     cdef size_t h1_sent
     cdef Exchange h1_exchange
@@ -112,7 +110,7 @@ cdef class HttpWire(Link):
     cdef Exchange read_or_refuse(self, list headers, Http2Stream h2)
     cdef object too_large(self, int64_t size)
     cdef object too_much(self)
-    cdef object body_of(self, Exchange ex, const unsigned char *p, size_t n, int kind)
+    cdef object body_of(self, Exchange ex, int kind)
     cdef object body_of_piece(self, const unsigned char *p, size_t n, int kind)
     cdef int answer_fault(self, Exchange ex, object fault) except -1
     cdef int put_fault(self, Exchange ex, object error) except -1

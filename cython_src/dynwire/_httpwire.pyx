@@ -923,23 +923,13 @@ cdef class HttpWire(Link):
         ex.have += n
         return 0
 
-    cdef object body_of(self, Exchange ex, const unsigned char *p, size_t n, int kind):
-        """The collected body, or ``n`` bytes at ``p``: raw ones as a Payload, others as bytes (or what has their buffer)."""
+    cdef object body_of(self, Exchange ex, int kind):
+        """The collected body: raw bytes as a Payload, others as bytes (or what has their buffer)."""
         cdef Block block
         if ex.block is not None:
             block, ex.block = ex.block, None
             return payload_of_block(block, ex.have)
-        if ex.have:
-            p = ex.body.p
-            n = ex.have
-        if kind:
-            found = PyBytes_FromStringAndSize(<char *>p, n)
-        elif n < LARGE_ITEM:
-            found = payload_copy(p, n)
-        else:
-            block = default_pool.take(n)
-            memcpy(block.data, p, n)
-            found = payload_of_block(block, n)
+        found = self.body_of_piece(ex.body.p, ex.body.n, kind)
         dw_buf_free(&ex.body)
         return found
 
@@ -951,7 +941,7 @@ cdef class HttpWire(Link):
             self.body_bytes += n
             payload = self.body_of_piece(p, n, ex.kind)
         else:
-            payload = self.body_of(ex, NULL, 0, ex.kind)
+            payload = self.body_of(ex, ex.kind)
         stream.state &= ~S_ASSEMBLING
         self.accept_after = ex.accept_s
         return self.on_request(stream, self.resolve(ex.endpoint), payload, ex.kind, ex.meta, ex.timeout_ms)
@@ -1410,14 +1400,14 @@ cdef class HttpWire(Link):
             return 0
         kind = http_api.reply_kind(ex.reply_headers) if 200 <= ex.status < 300 else -1
         if kind >= 0:
-            item = self.body_of(ex, NULL, 0, kind)
+            item = self.body_of(ex, kind)
             self.finish_call(ex)
             self.end_upload(ex)
             if not stream.keeps_items:
                 return stream.on_item(item, kind, True)
             ex.early += len(item) + ITEM_HEADER  # given back when it arrived
             return stream.on_item(item, kind, True)
-        body = bytes(self.body_of(ex, NULL, 0, 1))
+        body = bytes(self.body_of(ex, 1))
         error = http_api.error_from_response(ex.status, ex.reply_headers, body, peer=self.peer, request_id=ex.request_id)
         self.finish_call(ex)
         self.end_upload(ex)

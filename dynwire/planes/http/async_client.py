@@ -5,14 +5,12 @@ from __future__ import annotations
 import asyncio
 import functools
 import socket
-from typing import Any
 
 from ..._httpio import AsyncClientConnection, AsyncSocketChannel, RequestOptions
 from ...config import Config
-from ...errors import ManagerClosed
-from ...types import Instance
-from ..base import AsyncChannel, AsyncRequestPlaneClient
-from ..sockets.pool import AsyncDialler, ConnectionPool, check_plane
+from ..base import AsyncChannel
+from ..sockets.async_client import AsyncSocketClient
+from ..sockets.pool import AsyncDialler
 from .address import client_keywords, parse_address, request_options
 from .tls import client_context
 
@@ -44,35 +42,11 @@ class HttpDialler(AsyncDialler):
         )
 
 
-class AsyncHttpClient(AsyncRequestPlaneClient):
-    """Calls from one event loop over the http plane. Connections open lazily and are shared by all endpoints of an address."""
+class AsyncHttpClient(AsyncSocketClient):
+    """Calls from one event loop over the http plane."""
 
     plane = "http"
 
     def __init__(self, config: Config) -> None:
-        self._config = config
-        self._loop = asyncio.get_running_loop()
-        self._options = request_options(config)
-        self._dialler = HttpDialler(config, self._options)
-        self._pools: dict[str, ConnectionPool] = {}
-        self._closed = False
-
-    def channel(self, instance: Instance) -> AsyncChannel:
-        if self._closed:
-            raise ManagerClosed("the client is closed")
-        check_plane(instance, self.plane)
-        pool = self._pools.get(instance.address)
-        if pool is None:
-            pool = self._pools[instance.address] = ConnectionPool(instance.address, self._dialler, self._config, self._loop)
-        channel: AsyncChannel = AsyncSocketChannel(instance, pool, self._options, self._loop)  # type: ignore[assignment]
-        return channel
-
-    def stats(self) -> dict[str, list[dict[str, Any]]]:
-        """Per address, the counters of every open connection."""
-        return {address: pool.stats() for address, pool in self._pools.items()}
-
-    async def close(self) -> None:
-        self._closed = True
-        for pool in self._pools.values():
-            await pool.close()
-        self._pools.clear()
+        options = request_options(config)
+        super().__init__(config, options, HttpDialler(config, options), AsyncSocketChannel)
