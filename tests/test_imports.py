@@ -19,7 +19,7 @@ LAYERS = (
     # leaves; Context is a value type of the API like those of types.py, and may wait, so it knows asyncio and threading
     ("errors", "types", "config", "observability", "_context", "_version"),
     # compiled codecs
-    ("_bytes", "_buffers", "_link", "_frames", "_hpack", "_http2", "_http2lib", "_kvhash", "_kvtree"),
+    ("_bytes", "_buffers", "_link", "_frames", "_hpack", "_http2", "_http2lib", "_natsproto", "_kvhash", "_kvtree"),
     # protocols without I/O; codec turns objects into payloads
     ("wire", "codec", "_httpwire"),
     # what moves bytes and waits, and what every plane needs to run a call
