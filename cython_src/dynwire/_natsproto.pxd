@@ -57,6 +57,8 @@ cdef class MessagePort:
     cdef int flush(self) except -1       # write now what was published, instead of at the end of the batch or turn
     cdef size_t backlog(self)            # bytes published and not accepted by the socket
 
+cdef int check_subject(bytes subject) except -1
+
 cdef class NatsParser:
     cdef dict sinks                      # subscription id -> MessageSink; shared with whoever subscribes
     cdef readonly list others            # operations that are not for a sink, oldest first; the reader takes them away
