@@ -689,7 +689,7 @@ cdef class NatsWriter:
         if reference is not None and reference.at == self.head:
             self.references.pop(0)
             self.reference_bytes -= reference.n
-            out = reference
+            out = memoryview(reference)  # asyncio wants one of its own types
         else:
             until = self.buf.n if reference is None else reference.at
             out = PyBytes_FromStringAndSize(<const char *>self.buf.p + self.head, until - self.head)
