@@ -24,6 +24,7 @@ LAYERS = (
     ("wire", "codec", "_httpwire"),
     # what moves bytes and waits, and what every plane needs to run a call
     ("streams", "_awaitable", "_tcpio", "_httpio", "portal", "calls", "handlers"),
+    ("nats",),
     ("planes", "event_plane", "discovery"),
     ("manager", "runtime", "endpoint", "client", "service", "routing", "migration", "replies", "kv_router"),
     ("workers", "frontend", "mocker", "vllm"),
