@@ -1,1 +1,1 @@
-"""What users can test their own services with: the fault proxy (`dynwire.testing.proxy`) and fixtures (`dynwire.testing.pytest_plugin`)."""
+"""What users can test services with: the fault proxy (`dynwire.testing.proxy`), fixtures (`dynwire.testing.pytest_plugin`)."""
