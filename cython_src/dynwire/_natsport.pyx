@@ -1,8 +1,8 @@
 """Ports to a NATS server: the compiled one, which takes the place of nats-py's transport and parser, and one over its public API.
 
 The fast port sits where nats-py 2.16 has its seams: ``Client._transport`` and ``Client._ps``. Connecting, authentication, TLS,
-reconnecting, JetStream and everything else stay nats-py's and go through it in order. What comes for a subscription with a sink is
-delivered in the callback of the loop that read it; every other operation waits for nats-py's reading task.
+reconnecting, JetStream and everything else stay nats-py's and go through it in order. What comes for a subscription with a sink
+is delivered in the callback of the loop that read it; every other operation waits for nats-py's reading task.
 
 All of it belongs to the thread of the loop.
 """
@@ -17,10 +17,8 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint64_t
 
-from ._buffers cimport Block
 from ._bytes cimport dw_chunk
 from ._natsproto cimport (
-    OP_ERR,
     OP_INFO,
     OP_MSG,
     OP_PING,
@@ -35,7 +33,7 @@ from ._natsproto cimport (
     check_subject,
 )
 
-from .errors import ManagerClosed, MessageTooLarge, PeerLost, PermissionDenied, ProtocolError
+from .errors import ManagerClosed, MessageTooLarge, PeerLost, ProtocolError
 
 logger = logging.getLogger("dynwire.nats")
 
@@ -677,8 +675,8 @@ cdef double WATCH_S = 1.0
 cdef class PlainPort(PortBase):
     """The same over nats-py's public API: for versions of it and for WebSockets, whose inside the fast port does not know.
 
-    nats-py publishes in coroutines only, so what is published waits in a queue for one task. Its limits on what a subscription may
-    hold are off, because it drops what exceeds them: the credit that sinks give bounds what arrives.
+    nats-py publishes in coroutines only, so what is published waits in a queue for one task. Its limits on what a subscription
+    may hold are off, because it drops what exceeds them: the credit that sinks give bounds what arrives.
     """
 
     def __init__(self, client, loop):
@@ -747,7 +745,7 @@ cdef class PlainPort(PortBase):
         return True
 
     def go_away(self):
-        """nats-py says that the connection is lost: what it was not given is not sent later, when nobody waits for it any more."""
+        """nats-py says that the connection is lost: what it was not given is not sent later, when nobody waits for it."""
         subscriptions = [item for item in self.queue if type(item) is not tuple]
         self.queue.clear()
         self.queue.extend(subscriptions)
@@ -823,7 +821,7 @@ cdef class PlainPort(PortBase):
             self.wake_pump()
 
     def abort(self):
-        """Give the present connection up without a word; nats-py reconnects, unless it is closing. It has no public way for that."""
+        """Give the present connection up; nats-py reconnects, unless it is closing. It has no public way for that."""
         writer = getattr(getattr(self.client, "_transport", None), "_io_writer", None)
         if writer is not None:
             writer.transport.abort()
