@@ -658,7 +658,8 @@ cdef dict headers_dict(const unsigned char *headers, size_t n):
 cdef bytes headers_block(object headers):
     """The block that nats-py has taken apart, as near as it can be known."""
     status = headers.get("Status")
-    description = headers.get("Description")
+    # nats-py 2.16 takes the first header for the description where there is none: it then begins with a line feed
+    description = (headers.get("Description") or "").partition("\n")[0].strip()
     first = "NATS/1.0"
     if status is not None:
         first += f" {status}"

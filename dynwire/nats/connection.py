@@ -50,6 +50,15 @@ FLUSH_S = 1.0
 """how long `release` waits until the server has everything that was published"""
 CLOSE_S = 2.0
 
+PENDING_BYTES = 2 * 1024 * 1024
+"""nats-py's default"""
+PLAIN_PENDING_BYTES = 256 * 1024
+"""what the fast port lets wait for the socket"""
+
+STABLE_S = 1.0
+"""a connection that was lost sooner than this does not begin a new series of attempts: a server that throws everybody out
+would be tried without a pause"""
+
 StateCallback = Callable[[int, BaseException | None], None]
 
 INSTALL = "nats needs nats-py and nkeys: pip install 'dynwire[nats]'"
@@ -189,6 +198,8 @@ class NatsConnection:
         self._on_failure: Callable[[], None] | None = None
         self._tries: dict[str, int] = {}
         self._lost_server = ""
+        self._up_since: float | None = None
+        self._place = self._url = ""
         self._denied: set[str] = set()
         self._credentials = _credentials(config)
         self.client: Client = _import_client()()
@@ -200,7 +211,7 @@ class NatsConnection:
         self.port.on_denied = self._on_denied
 
     def __repr__(self) -> str:
-        return f"<NatsConnection {self.url or self.servers} {'up' if self.up else 'down'}>"
+        return f"<NatsConnection {self._url or self.servers} {'up' if self.up else 'down'}>"
 
     # --- sharing
 
@@ -295,6 +306,8 @@ class NatsConnection:
             "max_outstanding_pings": MAX_PINGS,
             "drain_timeout": CLOSE_S,
             "flush_timeout": CLOSE_S,
+            # what nats-py holds before it makes publishers wait
+            "pending_size": PENDING_BYTES if self.port.fast else PLAIN_PENDING_BYTES,
             **self._credentials.options,
         }
         context = _tls_context(config)
@@ -334,9 +347,16 @@ class NatsConnection:
                 raise error
             self._last_error = error
             raise self._connect_error(timeout) from error
-        self._last_error = None
         if self.port.up():
-            self._tell(UP, None)
+            self._now_up()
+
+    def _now_up(self) -> None:
+        self._last_error = None
+        self._up_since = self._loop.time()
+        url = self.client.connected_url
+        assert url is not None
+        self._place, self._url = url.netloc, mask_url(url.geturl())
+        self._tell(UP, None)
 
     @property
     def servers(self) -> str:
@@ -402,18 +422,34 @@ class NatsConnection:
     async def _on_disconnected(self) -> None:
         if self._closing or self._connecting is None or not self._connecting.done():
             return
-        url = self.client._current_server.uri if self.client._current_server is not None else None
-        self._lost_server = url.netloc if url is not None else ""
-        self._tries.clear()
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(self._reconnecting_ended)
+        lost_error = self.port.error
         self.port.go_away()
-        logger.warning("the connection to NATS at %s is lost; reconnecting", mask_url(url.geturl()) if url else self.servers)
+        if self._up_since is None:
+            return  # it was lost again before anybody could use it
+        self._lost_server, lost = self._place, self._url
+        if self._loop.time() - self._up_since > STABLE_S:
+            self._tries.clear()
+        self._up_since = None
+        if lost_error is not None:
+            self._last_error = lost_error
+        logger.warning("the connection to NATS at %s is lost; reconnecting", lost)
         self._tell(DOWN, self._translated())
+
+    def _reconnecting_ended(self, task: asyncio.Task[Any]) -> None:
+        """nats-py 2.16 does not look at how its task ends; with an exception nobody would try any more."""
+        if task.cancelled() or task.exception() is None:
+            return
+        logger.debug("nats-py's task that reconnects has failed", exc_info=task.exception())
+        if not self._closing and self.client.is_reconnecting and self.client._reconnection_task is task:
+            self.client._reconnection_task = self._loop.create_task(self.client._attempt_reconnect())
 
     async def _on_reconnected(self) -> None:
         if self.port.up():
-            self._last_error = None
-            logger.info("connected to NATS at %s again", self.url)
-            self._tell(UP, None)
+            self._now_up()
+            logger.info("connected to NATS at %s again", self._url)
 
     async def _on_closed(self) -> None:
         if not self._closing:  # nats-py gave up, which only its plain form does
@@ -468,9 +504,8 @@ class NatsConnection:
 
     @property
     def url(self) -> str:
-        """The server it is connected to, without credentials; empty while down."""
-        url = self.client.connected_url
-        return mask_url(url.geturl()) if url is not None else ""
+        """The server it is connected to, without credentials; while down, the one it was connected to."""
+        return self._url
 
     @property
     def server_info(self) -> dict[str, Any]:
