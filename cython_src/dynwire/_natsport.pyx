@@ -1,8 +1,8 @@
 """Ports to a NATS server: the compiled one, which takes the place of nats-py's transport and parser, and one over its public API.
 
 The fast port sits where nats-py 2.16 has its seams: ``Client._transport`` and ``Client._ps``. Connecting, authentication, TLS,
-reconnecting, JetStream and everything else stay nats-py's and go through it in order. What comes for a subscription with a sink is
-delivered in the callback of the loop that read it; every other operation waits for nats-py's reading task.
+reconnecting, JetStream and everything else stay nats-py's and go through it in order. What comes for a subscription with a sink
+is delivered in the callback of the loop that read it; every other operation waits for nats-py's reading task.
 
 All of it belongs to the thread of the loop.
 """
@@ -17,10 +17,8 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint64_t
 
-from ._buffers cimport Block
 from ._bytes cimport dw_chunk
 from ._natsproto cimport (
-    OP_ERR,
     OP_INFO,
     OP_MSG,
     OP_PING,
@@ -35,7 +33,7 @@ from ._natsproto cimport (
     check_subject,
 )
 
-from .errors import ManagerClosed, MessageTooLarge, PeerLost, PermissionDenied, ProtocolError
+from .errors import ManagerClosed, MessageTooLarge, PeerLost, ProtocolError
 
 logger = logging.getLogger("dynwire.nats")
 
@@ -458,6 +456,7 @@ cdef class FastPort(PortBase):
 
     async def connect(self, uri, buffer_size, connect_timeout):
         self.want_tls = uri.scheme == "tls"
+        self.abort()  # nats-py leaves it open when an attempt to reconnect has failed
         self.socket = None
         socket = _SocketProtocol(self)
         async with asyncio.timeout(connect_timeout):
@@ -508,7 +507,10 @@ cdef class FastPort(PortBase):
     async def readline(self):
         cdef PortSocket socket = self.socket
         while True:
-            line = socket.parser.line()
+            try:
+                line = socket.parser.line()
+            except ProtocolError as error:
+                raise ConnectionError(str(error)) from error  # what nats-py takes for a failed attempt
             if line is not None:
                 return line
             if socket.eof:
@@ -660,7 +662,8 @@ cdef dict headers_dict(const unsigned char *headers, size_t n):
 cdef bytes headers_block(object headers):
     """The block that nats-py has taken apart, as near as it can be known."""
     status = headers.get("Status")
-    description = headers.get("Description")
+    # nats-py 2.16 takes the first header for the description where there is none: it then begins with a line feed
+    description = (headers.get("Description") or "").partition("\n")[0].strip()
     first = "NATS/1.0"
     if status is not None:
         first += f" {status}"
@@ -677,8 +680,8 @@ cdef double WATCH_S = 1.0
 cdef class PlainPort(PortBase):
     """The same over nats-py's public API: for versions of it and for WebSockets, whose inside the fast port does not know.
 
-    nats-py publishes in coroutines only, so what is published waits in a queue for one task. Its limits on what a subscription may
-    hold are off, because it drops what exceeds them: the credit that sinks give bounds what arrives.
+    nats-py publishes in coroutines only, so what is published waits in a queue for one task. Its limits on what a subscription
+    may hold are off, because it drops what exceeds them: the credit that sinks give bounds what arrives.
     """
 
     def __init__(self, client, loop):
@@ -747,7 +750,7 @@ cdef class PlainPort(PortBase):
         return True
 
     def go_away(self):
-        """nats-py says that the connection is lost: what it was not given is not sent later, when nobody waits for it any more."""
+        """nats-py says that the connection is lost: what it was not given is not sent later, when nobody waits for it."""
         subscriptions = [item for item in self.queue if type(item) is not tuple]
         self.queue.clear()
         self.queue.extend(subscriptions)
@@ -823,7 +826,7 @@ cdef class PlainPort(PortBase):
             self.wake_pump()
 
     def abort(self):
-        """Give the present connection up without a word; nats-py reconnects, unless it is closing. It has no public way for that."""
+        """Give the present connection up; nats-py reconnects, unless it is closing. It has no public way for that."""
         writer = getattr(getattr(self.client, "_transport", None), "_io_writer", None)
         if writer is not None:
             writer.transport.abort()
