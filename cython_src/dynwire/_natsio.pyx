@@ -162,6 +162,14 @@ cdef class NatsLink(NatsWire):
             (<StreamBase>stream).on_lost(error)
         return 0
 
+    def forget(self, error):
+        """Its loop is closed: nothing can be published, or waited for."""
+        self.timer_handle = None
+        self.port = None
+        self.dead = True
+        self.close_error = error
+        self.take_all_streams()
+
     def close(self, error=None):
         """Close now; streams in flight end with ``error``."""
         cdef StreamBase stream
