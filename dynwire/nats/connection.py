@@ -112,7 +112,7 @@ def _credentials(config: NatsConfig) -> _Credentials:
     if auth.kind == "token":
         return _Credentials(auth.kind, {"token": auth.value})
     try:
-        import nkeys
+        import nkeys  # type: ignore[import-untyped]
     except ImportError as error:
         raise ConfigError(INSTALL, name="nats", allowed="pip install 'dynwire[nats]'") from error
     if auth.kind == "nkey":
@@ -215,8 +215,9 @@ class NatsConnection:
         fast = _use_fast_port(config)
         self.port: FastPort | PlainPort = (FastPort if fast else PlainPort)(self.client, self._loop)
         if fast:
-            self.client._transport = self.port
-            self.client._ps = self.port
+            # a duck: nats-py asks neither for the class
+            self.client._transport = self.port  # type: ignore[assignment]
+            self.client._ps = self.port  # type: ignore[assignment]
         self.port.on_denied = self._on_denied
 
     def __repr__(self) -> str:
@@ -289,7 +290,7 @@ class NatsConnection:
         try:
             async with asyncio.timeout(CLOSE_S):
                 await self.client.close()
-        except (TimeoutError, *_nats_errors()) as error:
+        except _nats_errors() as error:
             logger.debug("closing the connection to NATS: %r", error)
         for _ in range(10):
             if not self._reconnecting:
