@@ -14,7 +14,7 @@ import random
 import re
 import socket
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -200,6 +200,7 @@ class NatsConnection:
         self._references = 0
         self._connecting: asyncio.Task[None] | None = None
         self._closing = False
+        self._keeper: AsyncGenerator[None, None] | None = None
         self._callbacks: list[StateCallback] = []
         self._waiters: list[asyncio.Future[None]] = []
         self._last_error: BaseException | None = None
@@ -301,6 +302,8 @@ class NatsConnection:
         self.port.abort()
         await self.port.finished()
         self._wake()
+        if self._keeper is not None:
+            await self._keeper.aclose()
 
     # --- connecting
 
@@ -356,8 +359,20 @@ class NatsConnection:
                 raise error
             self._last_error = error
             raise self._translated() from error
+        self._keeper = self._until_the_loop_ends()
+        await anext(self._keeper)
         if self.port.up():
             self._now_up()
+
+    async def _until_the_loop_ends(self) -> AsyncGenerator[None, None]:
+        """Close it if nobody has released it when the loop ends its generators: `asyncio.run` then still has a loop for it."""
+        try:
+            yield
+        finally:
+            self._keeper = None
+            if not self._closing:
+                self._forget()
+                await self._close()
 
     def _now_up(self) -> None:
         self._last_error = None
