@@ -444,6 +444,15 @@ cdef class FastPort(PortBase):
         if self.socket is not None and not self.socket.lost:
             self.socket.failed(ConnectionAbortedError("given up"))
 
+    async def settle(self):
+        """Let a PING that follows be behind all that was told to nats-py: it writes PING at once, and the rest in a task."""
+        cdef PortSocket socket = self.socket
+        client = self.client
+        if client._pending_data_size > 0 and client.is_connected and socket is not None and not socket.handshake:
+            pending, client._pending = client._pending, []
+            client._pending_data_size = 0
+            self.writelines(pending)
+
     async def finished(self):
         """Wait until nothing of it is on the loop any more."""
         if self.socket is not None:
@@ -723,6 +732,7 @@ cdef class PlainPort(PortBase):
         while True:
             while self.queue:
                 item = self.queue.popleft()
+                self.busy = True
                 try:
                     if type(item) is tuple:
                         self.queued_bytes -= len(item[1]) + QUEUE_OVERHEAD
@@ -733,6 +743,7 @@ cdef class PlainPort(PortBase):
                     logger.debug("nats-py did not take something: %r", error)
                 if self.congested and self.queued_bytes < WRITABLE_BYTES:
                     self.now_writable()
+            self.busy = False
             self.work = self.loop.create_future()
             await self.work
 
@@ -830,6 +841,13 @@ cdef class PlainPort(PortBase):
         writer = getattr(getattr(self.client, "_transport", None), "_io_writer", None)
         if writer is not None:
             writer.transport.abort()
+
+    async def settle(self):
+        """Wait until nats-py has everything and has written it: it writes PING at once, and the rest in a task."""
+        turns = 0
+        while self.client.is_connected and (self.queue or self.busy or self.client.pending_data_size):
+            turns += 1
+            await asyncio.sleep(0 if turns < 20 else 0.005)
 
     async def finished(self):
         """Wait until nothing of it is on the loop any more."""
