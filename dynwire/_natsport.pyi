@@ -2,7 +2,7 @@ import asyncio
 import re
 import ssl
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, final
 from urllib.parse import ParseResult
 
 from typing_extensions import Buffer, disjoint_base
@@ -100,6 +100,7 @@ class PlainPort(PortBase):
 
 def taker(port: PlainPort, number: int) -> Callable[[Any], Any]: ...
 
+@final
 class PortSubscription:
     def __init__(self, port: FastPort | PlainPort, sid: int, subscription: Any) -> None: ...
     def unsubscribe(self) -> None: ...

@@ -13,6 +13,7 @@ import json
 import logging
 import re
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint64_t
@@ -868,18 +869,21 @@ def taker(port, number):
     return take
 
 
-class PortSubscription:
+@cython.final
+cdef class PortSubscription:
     """One subscription of a sink."""
 
-    __slots__ = ("_port", "_sid", "_subscription")
+    cdef object port
+    cdef uint64_t sid
+    cdef object subscription           # nats-py's
 
     def __init__(self, port, sid, subscription):
-        self._port = port
-        self._sid = sid
-        self._subscription = subscription
+        self.port = port
+        self.sid = sid
+        self.subscription = subscription
 
     def unsubscribe(self):
         """No message of it is delivered any more; a batch that has begun is still ended. May be called twice."""
-        port, self._port = self._port, None
+        port, self.port = self.port, None
         if port is not None:
-            port.drop(self._sid, self._subscription)
+            port.drop(self.sid, self.subscription)

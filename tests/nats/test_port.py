@@ -483,7 +483,7 @@ async def test_release_leaves_nothing_behind(large_server: NatsServer, port: str
         inbox = Inbox()
         subscription = await reader.subscribe("last.*", inbox.sink)
         async with connected(large_server.url, port=port) as connection:
-            for i in range(2000):
+            for _ in range(2000):
                 if connection.port.congested:
                     await asyncio.sleep(0.01)
                 connection.port.send(b"last.1", bytes(2000))
