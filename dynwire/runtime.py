@@ -130,6 +130,7 @@ class LoopRuntime:
         )
         registration = Registration(path, instance)
         try:
+            await server.endpoint_added(path)
             await discovery.register(instance)
             self._check_open()
         except BaseException:  # cancellation included: an endpoint without a record would be served for ever

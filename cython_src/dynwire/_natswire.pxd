@@ -10,6 +10,7 @@ cdef enum:
     ITEM_ROOM = 128              # bytes of a message that headers of items may take
     CALL_CREDIT = 4096           # granted to a call: one item may always start, a second one is an error
     FIRST_CREDIT = 16384         # granted to a stream at first; grows up to the stream window while it is used up
+    FOREIGN_TIMEOUT_MS = 60000   # of requests by tools: most take the first item and tell nobody that they want no more
     PROBE_TOKENS = 1024          # streams that one probe asks for
     INBOX_LIMIT = 512            # bytes of a reply subject
     HEAD_BYTES = 128             # room for the headers of a message without metadata

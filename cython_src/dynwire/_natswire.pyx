@@ -682,8 +682,9 @@ cdef class NatsWire(Link):
             )))  # fmt: skip
         if found == DW_NATS_NONE:
             flags |= F_FOREIGN
-            f.v[0] = f.v[1] = f.v[3] = 0
+            f.v[0] = f.v[1] = 0
             f.v[2] = _CREDIT_LIMIT
+            f.v[3] = FOREIGN_TIMEOUT_MS
             f.count = 4
             seq = self.seq = self.seq + 1
         if headers_n > META_LIMIT + HEAD_BYTES:

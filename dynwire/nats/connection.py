@@ -625,6 +625,15 @@ class NatsConnection:
             self._subscribing.remove(asked)
         return subscription
 
+    async def finish(self, subscription: PortSubscription) -> None:
+        """Unsubscribe after what the server had sent so far has been delivered. Never raises for a connection that does not work."""
+        subscription.stop()
+        try:
+            with contextlib.suppress(DynwireError):
+                await self._confirm()
+        finally:
+            subscription.unsubscribe()
+
     async def _flush(self, timeout: float) -> None:
         """Wait until the server has everything that was published or told to nats-py. Raises nats-py's errors."""
         async with asyncio.timeout(timeout):
