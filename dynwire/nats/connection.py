@@ -626,7 +626,7 @@ class NatsConnection:
         return subscription
 
     async def finish(self, subscription: PortSubscription) -> None:
-        """Unsubscribe after what the server had sent so far has been delivered. Never raises for a connection that does not work."""
+        """Unsubscribe after what the server had sent so far has been delivered, or at once if the connection does not work."""
         subscription.stop()
         try:
             with contextlib.suppress(DynwireError):

@@ -168,7 +168,7 @@ class AsyncRequestPlaneServer(ABC):
     def add_endpoint(self, endpoint: str, handler: Handler) -> None:
         """Serve ``namespace.component.endpoint``. Raises `ConfigError` if it is already served."""
 
-    async def endpoint_added(self, endpoint: str) -> None:
+    async def endpoint_added(self, endpoint: str) -> None:  # noqa: B027  # nothing to do is what most want
         """Wait until requests to an endpoint that was just added can come. Most planes have nothing to wait for."""
 
     @abstractmethod
