@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """How fast is the index of the KV router beside the RadixTree of ai-dynamo-runtime, in one run?
 
-64 workers, 10^6 blocks, stored by events of up to 1,000 blocks in the form that both read (JSON); then prompts of 1,000 blocks are
-looked up. Rounds alternate between the two libraries, each in a process of its own; times are CPU times of that process, medians
-over the rounds with minimum and maximum. The peer runs in an environment of its own (.venv-dynamo, made on first use): it needs no
-part of this one, and 275 MB.
+64 workers, 10^6 blocks, stored by events of up to 1,000 blocks in the form that both read (JSON); then prompts of 1,000 blocks
+are looked up. Rounds alternate between the two libraries, each in a process of its own; times are CPU times of that process,
+medians over the rounds with minimum and maximum. The peer runs in an environment of its own (.venv-dynamo, made on first use): it
+needs no part of this one, and 275 MB.
 
     python benchmarks/kv_index.py                    results to benchmarks/results/kv-index.json, and the table
     python benchmarks/kv_index.py --without-peer
