@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Iterator
 
@@ -176,9 +177,9 @@ def test_a_publisher_that_does_not_answer_is_asked_ever_more_rarely() -> None:
         wakeup = follower.next_wakeup()
         assert wakeup is not None
         now = wakeup
-    pauses = [b - a for a, b in zip(times, times[1:], strict=False)]
+    pauses = [b - a for a, b in itertools.pairwise(times)]
     assert pauses[0] == pytest.approx(0.05)
-    assert all(b > a - 1e-9 for a, b in zip(pauses, pauses[1:], strict=False))
+    assert all(b > a - 1e-9 for a, b in itertools.pairwise(pauses))
     assert pauses[-1] == pytest.approx(5.0)
     follower.remove_worker(WORKER)
     assert follower.next_wakeup() is None
