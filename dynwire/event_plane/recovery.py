@@ -57,7 +57,8 @@ class RangeAnswer(msgspec.Struct, omit_defaults=True):
 
     kind: str
     """``events``; ``dump``: what builds the whole tree from nothing, because ``start`` is older than the ring, or the asker
-    knows nothing or another epoch; ``too_new``: ``start`` lies beyond the newest event; ``invalid``: no such rank, or ``end < start``"""
+    knows nothing or another epoch; ``too_new``: ``start`` lies beyond the newest event; ``invalid``: no such rank, or
+    ``end < start``"""
     worker_id: int
     dp_rank: int
     epoch: int
