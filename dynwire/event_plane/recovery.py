@@ -37,8 +37,10 @@ class Batch(msgspec.Struct, omit_defaults=True):
 
     worker_id: int
     epoch: int
-    events: list[KvCacheEvent]
+    events: list[KvCacheEvent] = []
     """all of one data-parallel rank, event ids rising by one"""
+    heads: dict[int, int] = {}
+    """newest event per rank: published from time to time, so that a lost last event is missed too"""
 
 
 class RangeQuery(msgspec.Struct):
@@ -98,6 +100,10 @@ class LocalIndexer:
     def last_id(self, dp_rank: int = 0) -> int:
         """Newest event of a rank, 0 without any."""
         return self._last.get(dp_rank, 0)
+
+    def heads(self) -> Batch:
+        """What is published from time to time."""
+        return Batch(self.worker_id, self.epoch, heads=dict(self._last))
 
     @property
     def ranks(self) -> tuple[int, ...]:
@@ -217,6 +223,12 @@ class Follower:
         for event in batch.events:
             stream = self._streams.setdefault((batch.worker_id, event.dp_rank), _Stream())
             self._on_event(stream, batch.worker_id, batch.epoch, event, now)
+        for rank, head in batch.heads.items():
+            stream = self._streams.setdefault((batch.worker_id, rank), _Stream())
+            known = max((stream.epoch, stream.last_id), (stream.early_epoch, max(stream.early, default=0)))
+            if (batch.epoch, head) > known and head and not stream.wanted:
+                self.stats.gaps += 1
+                self._want(stream, now)
 
     def _on_event(self, stream: _Stream, worker_id: int, epoch: int, event: KvCacheEvent, now: float) -> None:
         if epoch < max(stream.epoch, stream.early_epoch) or (epoch == stream.epoch and event.event_id <= stream.last_id):

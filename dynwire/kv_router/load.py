@@ -36,7 +36,7 @@ class WorkerLoad:
 
 
 class ActiveLoad:
-    """Load of all workers: booked when a request is routed; the prefill part is released at its first token, the blocks at its end."""
+    """Load of all workers: booked when a request is routed, the prefill part released at its first token, the rest at its end."""
 
     def __init__(self) -> None:
         self._bookings: dict[str, _Booking] = {}

@@ -220,6 +220,21 @@ def test_an_orphan_is_counted_and_not_asked_for() -> None:
     assert content(follower.tree) == content(index.tree)
 
 
+def test_a_lost_last_event_is_missed_at_the_next_heads() -> None:
+    engine = Engine(random.Random(8), epoch=2)
+    follower = Follower(RadixTree())
+    for _ in range(5):
+        follower.on_batch(engine.event(), 0.0)
+    follower.on_batch(engine.index.heads(), 1.0)
+    assert follower.behind == 0
+    engine.event()
+    follower.on_batch(engine.index.heads(), 2.0)
+    follower.on_batch(engine.index.heads(), 3.0)
+    assert (follower.behind, follower.stats.gaps) == (1, 1)
+    settle(follower, engine.index, 3.0)
+    assert content(follower.tree) == content(engine.index.tree)
+
+
 def test_ids_are_given_per_rank() -> None:
     index = LocalIndexer(WORKER, 1)
     events: list[KvCacheEvent] = [index.record(stored(0, None, [(i, i)], i % 2)) for i in range(4)]
