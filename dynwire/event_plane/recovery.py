@@ -67,6 +67,8 @@ class RangeAnswer(msgspec.Struct, omit_defaults=True):
     last_id: int
     """newest event of the rank when this was written"""
     events: list[KvCacheEvent] = []
+    more: bool = False
+    """further parts of this answer follow"""
 
 
 # The publisher's side ----------------------------------------------------------------------------------------------------------
