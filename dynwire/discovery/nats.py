@@ -54,8 +54,8 @@ REPLICAS = 3
 AT_ONCE = 64
 """records that are written at the same time"""
 EXPIRY_JITTER_S = 0.2
-READER_INACTIVE_S = 30.0
-"""the server removes the consumer of a reader that crashed while it read"""
+READER_INACTIVE_S = 5.0
+"""how long the server keeps the consumer of a reader that has read, or crashed"""
 
 _NO_STREAM = 10059
 _OTHER_CONFIGURATION = 10058
