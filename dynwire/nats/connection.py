@@ -14,7 +14,7 @@ import random
 import re
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -26,7 +26,6 @@ from ..errors import (
     ConnectError,
     DynwireError,
     ManagerClosed,
-    PeerLost,
     PermissionDenied,
     Unauthenticated,
 )
@@ -50,6 +49,15 @@ MAX_PINGS = 2
 FLUSH_S = 1.0
 """how long `release` waits until the server has everything that was published"""
 CLOSE_S = 2.0
+
+PENDING_BYTES = 2 * 1024 * 1024
+"""nats-py's default"""
+PLAIN_PENDING_BYTES = 256 * 1024
+"""what the fast port lets wait for the socket"""
+
+STABLE_S = 1.0
+"""a connection that was lost sooner than this does not begin a new series of attempts: a server that throws everybody out
+would be tried without a pause"""
 
 StateCallback = Callable[[int, BaseException | None], None]
 
@@ -190,6 +198,8 @@ class NatsConnection:
         self._on_failure: Callable[[], None] | None = None
         self._tries: dict[str, int] = {}
         self._lost_server = ""
+        self._up_since: float | None = None
+        self._place = self._url = ""
         self._denied: set[str] = set()
         self._credentials = _credentials(config)
         self.client: Client = _import_client()()
@@ -201,7 +211,7 @@ class NatsConnection:
         self.port.on_denied = self._on_denied
 
     def __repr__(self) -> str:
-        return f"<NatsConnection {self.url or self.servers} {'up' if self.up else 'down'}>"
+        return f"<NatsConnection {self._url or self.servers} {'up' if self.up else 'down'}>"
 
     # --- sharing
 
@@ -296,6 +306,8 @@ class NatsConnection:
             "max_outstanding_pings": MAX_PINGS,
             "drain_timeout": CLOSE_S,
             "flush_timeout": CLOSE_S,
+            # what nats-py holds before it makes publishers wait
+            "pending_size": PENDING_BYTES if self.port.fast else PLAIN_PENDING_BYTES,
             **self._credentials.options,
         }
         context = _tls_context(config)
@@ -335,9 +347,16 @@ class NatsConnection:
                 raise error
             self._last_error = error
             raise self._connect_error(timeout) from error
-        self._last_error = None
         if self.port.up():
-            self._tell(UP, None)
+            self._now_up()
+
+    def _now_up(self) -> None:
+        self._last_error = None
+        self._up_since = self._loop.time()
+        url = self.client.connected_url
+        assert url is not None
+        self._place, self._url = url.netloc, mask_url(url.geturl())
+        self._tell(UP, None)
 
     @property
     def servers(self) -> str:
@@ -403,18 +422,34 @@ class NatsConnection:
     async def _on_disconnected(self) -> None:
         if self._closing or self._connecting is None or not self._connecting.done():
             return
-        url = self.client._current_server.uri if self.client._current_server is not None else None
-        self._lost_server = url.netloc if url is not None else ""
-        self._tries.clear()
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(self._reconnecting_ended)
+        lost_error = self.port.error
         self.port.go_away()
-        logger.warning("the connection to NATS at %s is lost; reconnecting", mask_url(url.geturl()) if url else self.servers)
+        if self._up_since is None:
+            return  # it was lost again before anybody could use it
+        self._lost_server, lost = self._place, self._url
+        if self._loop.time() - self._up_since > STABLE_S:
+            self._tries.clear()
+        self._up_since = None
+        if lost_error is not None:
+            self._last_error = lost_error
+        logger.warning("the connection to NATS at %s is lost; reconnecting", lost)
         self._tell(DOWN, self._translated())
+
+    def _reconnecting_ended(self, task: asyncio.Task[Any]) -> None:
+        """nats-py 2.16 does not look at how its task ends; with an exception nobody would try any more."""
+        if task.cancelled() or task.exception() is None:
+            return
+        logger.debug("nats-py's task that reconnects has failed", exc_info=task.exception())
+        if not self._closing and self.client.is_reconnecting and self.client._reconnection_task is task:
+            self.client._reconnection_task = self._loop.create_task(self.client._attempt_reconnect())
 
     async def _on_reconnected(self) -> None:
         if self.port.up():
-            self._last_error = None
-            logger.info("connected to NATS at %s again", self.url)
-            self._tell(UP, None)
+            self._now_up()
+            logger.info("connected to NATS at %s again", self._url)
 
     async def _on_closed(self) -> None:
         if not self._closing:  # nats-py gave up, which only its plain form does
@@ -469,9 +504,8 @@ class NatsConnection:
 
     @property
     def url(self) -> str:
-        """The server it is connected to, without credentials; empty while down."""
-        url = self.client.connected_url
-        return mask_url(url.geturl()) if url is not None else ""
+        """The server it is connected to, without credentials; while down, the one it was connected to."""
+        return self._url
 
     @property
     def server_info(self) -> dict[str, Any]:
@@ -494,7 +528,7 @@ class NatsConnection:
         return remove
 
     async def wait_up(self, timeout: float | None = None) -> None:
-        """Wait until there is a server. Raises `ConnectError` (or `Unauthenticated`) after ``timeout`` s, `ManagerClosed` when closed."""
+        """Wait until there is a server. Raises `ConnectError` or `Unauthenticated` after ``timeout`` s; `ManagerClosed`."""
         limit = self.config.connect_timeout if timeout is None else timeout
         try:
             async with asyncio.timeout(limit):
@@ -511,8 +545,8 @@ class NatsConnection:
         """Deliver messages of ``subject`` to ``sink``, from now until ``unsubscribe()`` of the result, across reconnects.
 
         When it returns the server knows of it; while there is no connection, it will be told with the next one. Raises
-        `PermissionDenied` when the user may not subscribe there, `ConnectError` when the server does not answer within the connect
-        timeout, `ManagerClosed` after the last `release`.
+        `PermissionDenied` when the user may not subscribe there, `ConnectError` when the server does not answer within the
+        connect timeout, `ManagerClosed` after the last `release`.
         """
         if self.port.state == CLOSED:
             raise ManagerClosed("the connection to NATS is closed", peer=self.servers)
