@@ -30,13 +30,6 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 WAIT_S = 30.0
 
 
-@pytest.fixture
-def own_server(nats_server: NatsServer) -> Iterator[NatsServer]:
-    """One that the test may kill. ``nats_server`` for its skip, where there is no program."""
-    with NatsServer(jetstream=True) as server:
-        yield server
-
-
 def settings(server: NatsServer | NatsCluster, prefix: str = "dynwire", **more: Any) -> NatsConfig:
     return NatsConfig(servers=tuple(server.url.split(",")), prefix=prefix, connect_timeout=10.0, **more)
 
@@ -62,17 +55,17 @@ async def until(condition: Any) -> None:
 # --- the server -----------------------------------------------------------------------------------------------------------
 
 
-def test_killed_and_restarted(own_server: NatsServer) -> None:
+def test_killed_and_restarted(own_nats_server: NatsServer) -> None:
     """While it is away the last known set stays; what happened meanwhile is told afterwards."""
 
     async def main() -> None:
-        one, two = NatsDiscovery(settings(own_server)), NatsDiscovery(settings(own_server, ping_interval=2.0))
+        one, two = NatsDiscovery(settings(own_nats_server)), NatsDiscovery(settings(own_nats_server, ping_interval=2.0))
         async with opened(one, two):
             for number in (1, 2, 3):
                 await one.register(instance(number))
             seen = Watcher(two)
             await seen.until(1, 2, 3)
-            own_server.kill()
+            own_nats_server.kill()
             await eventually(lambda: not one.healthy and not two.healthy)
             heard = len(seen.sets)
             assert {i.id for i in await two.list()} == {1, 2, 3}
@@ -81,7 +74,7 @@ def test_killed_and_restarted(own_server: NatsServer) -> None:
             await asyncio.sleep(0)
             assert late.sets == []
             assert len(seen.sets) == heard, "nothing is told while it is away"
-            own_server.start()
+            own_nats_server.start()
             await seen.until(1, 3)
             await late.until(1, 3)
             assert all({1, 3} <= {i.id for i in s} for s in seen.sets[heard:]), "nobody else blinked"
@@ -93,11 +86,11 @@ def test_killed_and_restarted(own_server: NatsServer) -> None:
 
 
 @pytest.mark.parametrize("how", ["restart", "delete"])
-def test_storage_wiped(own_server: NatsServer, how: str) -> None:
+def test_storage_wiped(own_nats_server: NatsServer, how: str) -> None:
     """Owners write again, readers do not blink, and who comes new sees everybody."""
 
     async def main() -> None:
-        one, two = NatsDiscovery(settings(own_server), ttl=1.5), NatsDiscovery(settings(own_server), ttl=1.5)
+        one, two = NatsDiscovery(settings(own_nats_server), ttl=1.5), NatsDiscovery(settings(own_nats_server), ttl=1.5)
         async with opened(one, two):
             for number in (1, 2):
                 await one.register(instance(number))
@@ -105,12 +98,12 @@ def test_storage_wiped(own_server: NatsServer, how: str) -> None:
             await seen.until(1, 2)
             heard = len(seen.sets)
             if how == "restart":
-                own_server.restart(wipe=True)
+                own_nats_server.restart(wipe=True)
                 await eventually(lambda: one._connection is not None and one._connection.up)
             else:
                 assert two._jetstream is not None
                 await two._jetstream.delete_key_value(two._bucket)
-            fresh = NatsDiscovery(settings(own_server))
+            fresh = NatsDiscovery(settings(own_nats_server))
             await Watcher(fresh).until(1, 2)
             await fresh.close()
             await one.register(instance(3))
@@ -198,16 +191,16 @@ def test_wrong_credentials(nats_server: NatsServer) -> None:
         run(main(server))
 
 
-def test_suspended_server(own_server: NatsServer) -> None:
+def test_suspended_server(own_nats_server: NatsServer) -> None:
     """For longer than the TTL: that nobody can be heard is no sign that they are gone."""
 
     async def main() -> None:
-        one, two = NatsDiscovery(settings(own_server), ttl=0.6), NatsDiscovery(settings(own_server), ttl=0.6)
+        one, two = NatsDiscovery(settings(own_nats_server), ttl=0.6), NatsDiscovery(settings(own_nats_server), ttl=0.6)
         async with opened(one, two):
             await one.register(instance(1))
             seen = Watcher(two)
             await seen.until(1)
-            with own_server.paused():
+            with own_nats_server.paused():
                 assert two._expiry_handle is not None
                 due = two._expiry_handle.when()
                 loop = asyncio.get_running_loop()
@@ -221,17 +214,17 @@ def test_suspended_server(own_server: NatsServer) -> None:
     run(main())
 
 
-def test_closing_without_a_server(own_server: NatsServer) -> None:
+def test_closing_without_a_server(own_nats_server: NatsServer) -> None:
     async def main() -> None:
-        async with opened(one := NatsDiscovery(settings(own_server))):
+        async with opened(one := NatsDiscovery(settings(own_nats_server))):
             await one.register(instance(1))
-            own_server.kill()
+            own_nats_server.kill()
             await eventually(lambda: not one.healthy)
 
     run(main())
 
 
-def test_one_of_three_members_lost(nats_server: NatsServer) -> None:
+def test_one_of_three_members_lost(nats_cluster: NatsCluster) -> None:
     async def main(cluster: NatsCluster) -> None:
         one, two = NatsDiscovery(settings(cluster)), NatsDiscovery(settings(cluster))
         async with opened(one, two):
@@ -253,8 +246,7 @@ def test_one_of_three_members_lost(nats_server: NatsServer) -> None:
                         continue
             await seen.until(1, 2)
 
-    with NatsCluster(3, jetstream=True) as cluster:
-        run(main(cluster))
+    run(main(nats_cluster))
 
 
 # --- those who register ---------------------------------------------------------------------------------------------------
@@ -486,19 +478,19 @@ def test_many_instances(nats_server: NatsServer, nats_prefix: str) -> None:
 # --- managers -------------------------------------------------------------------------------------------------------------
 
 
-def test_managers_meet_and_go_on_without_nats(own_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_managers_meet_and_go_on_without_nats(own_nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """P7: losing discovery fails no call between peers that know each other."""
     monkeypatch.setenv("DYN_DISCOVERY_BACKEND", "nats")
-    monkeypatch.setenv("NATS_SERVER", own_server.url)
+    monkeypatch.setenv("NATS_SERVER", own_nats_server.url)
     monkeypatch.setenv("DYN_TCP_RPC_HOST", "127.0.0.1")
     with dynwire.NetworkManager() as worker, dynwire.NetworkManager() as caller:
         worker.endpoint("demo.worker.echo").serve(lambda request: request)
         client = caller.endpoint("demo.worker.echo").client()
         client.wait_for_instances(1, timeout=WAIT_S)
         assert client.call(1, timeout=10.0) == 1
-        own_server.kill()
+        own_nats_server.kill()
         assert [client.call(n, timeout=10.0) for n in range(50)] == [*range(50)]
-        own_server.start()
+        own_nats_server.start()
         worker.endpoint("demo.worker.late").serve(lambda request: -request)
         late = caller.endpoint("demo.worker.late").client()
         late.wait_for_instances(1, timeout=WAIT_S)
