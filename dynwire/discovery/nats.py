@@ -226,6 +226,8 @@ class NatsDiscovery(Discovery):
         if self._usable().up:
             try:
                 await self._read()
+            except (PermissionDenied, ManagerClosed):
+                raise
             except _failures() as error:
                 self._lost("read", error)
         self._refresh()
@@ -381,10 +383,13 @@ class NatsDiscovery(Discovery):
         from nats.errors import NoRespondersError
         from nats.js.errors import NoStreamResponseError
 
+        subject = f"$JS.API.STREAM.INFO.KV_{self._bucket}"
         try:
-            reply = await connection.client.request(f"$JS.API.STREAM.INFO.KV_{self._bucket}", b"", timeout=REPLY_S)
+            reply = await connection.client.request(subject, b"", timeout=REPLY_S)
         except NoRespondersError as error:
             raise NoStreamResponseError from error
+        except TimeoutError as error:
+            raise connection.denied("publish", subject) or error from error
         return msgspec.json.decode(reply.data, type=_StreamInfo)
 
     async def _make_bucket(self, connection: NatsConnection) -> None:
@@ -425,7 +430,11 @@ class NatsDiscovery(Discovery):
             await self._jetstream.publish(self._subject + key, raw, timeout=patience)
         except _nats_errors():
             # Nobody answers to a put into a bucket that is gone, except with silence: watchers listen to the same subject.
-            await self._ensure_bucket(self._usable())
+            connection = self._usable()
+            denied = connection.denied("publish", self._subject + key)
+            if denied is not None:
+                raise denied from None
+            await self._ensure_bucket(connection)
             if wanted():
                 await self._jetstream.publish(self._subject + key, raw, timeout=REPLY_S)
 
@@ -528,8 +537,14 @@ class NatsDiscovery(Discovery):
         async with self._reading:
             connection = self._usable()
             if self._subscription is None:
-                self._subscription = await connection.client.subscribe(f"{self._subject}>", cb=self._on_message)
-                await connection.client.flush()
+                subject = f"{self._subject}>"
+                subscription = await connection.client.subscribe(subject, cb=self._on_message)
+                await connection.client.flush(timeout=REPLY_S)  # type: ignore[arg-type]  # seconds, also fractions
+                denied = connection.denied("subscribe", subject)
+                if denied is not None:
+                    await subscription.unsubscribe()
+                    raise denied
+                self._subscription = subscription
             self._heard.clear()
             server_time = await self._ensure_bucket(connection)
             asked_at = self._now()

@@ -22,7 +22,7 @@ import pytest
 import dynwire
 from dynwire.config import NatsConfig
 from dynwire.discovery.nats import NatsDiscovery, bucket_name
-from dynwire.errors import ConfigError, ConnectError, ForkedManager, MessageTooLarge, Unauthenticated
+from dynwire.errors import ConfigError, ConnectError, ForkedManager, MessageTooLarge, PermissionDenied, Unauthenticated
 from dynwire.nats.server import NatsCluster, NatsServer, free_port
 from tests.test_discovery import Watcher, eventually, instance, opened, run
 
@@ -189,6 +189,42 @@ def test_wrong_credentials(nats_server: NatsServer) -> None:
 
     with NatsServer(jetstream=True, token="right") as server:
         run(main(server))
+
+
+ALLOWED = {"publish": ["$KV.dynwire_instances.>", "$JS.API.>"], "subscribe": ["$KV.dynwire_instances.>", "_INBOX.>"]}
+"""as in docs/nats.md"""
+
+
+@pytest.mark.parametrize(
+    ("operation", "subject", "named"),
+    [
+        ("", "", ""),
+        ("publish", "$JS.API.>", r"publish.*\$JS.API.STREAM.INFO.KV_dynwire_instances"),
+        ("publish", "$KV.dynwire_instances.>", r"publish.*\$KV.dynwire_instances.demo.worker.generate"),
+        ("subscribe", "$KV.dynwire_instances.>", r"subscribe.*\$KV.dynwire_instances.>"),
+    ],
+    ids=["all", "no api", "no writing", "no watching"],
+)
+def test_what_a_user_must_be_allowed(nats_server: NatsServer, operation: str, subject: str, named: str) -> None:
+    allowed = {verb: [s for s in subjects if (verb, s) != (operation, subject)] for verb, subjects in ALLOWED.items()}
+    users = [{"user": "me", "password": "p", "permissions": allowed}]
+
+    async def main(server: NatsServer) -> None:
+        one = NatsDiscovery(NatsConfig(servers=(server.url,), username="me", password="p"))
+        try:
+            await one.register(instance(1))
+            assert await one.list() == (instance(1),)
+            seen = Watcher(one)
+            await seen.until(1)
+        finally:
+            await one.close()
+
+    with NatsServer(jetstream=True, config=f"authorization: {json.dumps({'users': users})}") as server:
+        if not named:
+            run(main(server))
+        else:
+            with pytest.raises(PermissionDenied, match=named):
+                run(main(server))
 
 
 def test_suspended_server(own_nats_server: NatsServer) -> None:
