@@ -15,7 +15,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
@@ -59,24 +60,31 @@ def test_killed_and_restarted(own_nats_server: NatsServer) -> None:
     """While it is away the last known set stays; what happened meanwhile is told afterwards."""
 
     async def main() -> None:
-        one, two = NatsDiscovery(settings(own_nats_server)), NatsDiscovery(settings(own_nats_server, ping_interval=2.0))
+        # two connections, and a TTL that plays no part
+        one = NatsDiscovery(settings(own_nats_server), ttl=600.0)
+        two = NatsDiscovery(settings(own_nats_server, ping_interval=2.0), ttl=600.0)
         async with opened(one, two):
             for number in (1, 2, 3):
                 await one.register(instance(number))
             seen = Watcher(two)
+            mine = Watcher(one)
             await seen.until(1, 2, 3)
+            await mine.until(1, 2, 3)
             own_nats_server.kill()
             await eventually(lambda: not one.healthy and not two.healthy)
             heard = len(seen.sets)
             assert {i.id for i in await two.list()} == {1, 2, 3}
             await one.deregister(instance(2))
             late = Watcher(two)
-            await asyncio.sleep(0)
+            for _ in range(3):
+                await asyncio.sleep(0)
             assert late.sets == []
             assert len(seen.sets) == heard, "nothing is told while it is away"
+            assert mine.ids == {1, 2, 3}
             own_nats_server.start()
             await seen.until(1, 3)
             await late.until(1, 3)
+            await mine.until(1, 3)
             assert all({1, 3} <= {i.id for i in s} for s in seen.sets[heard:]), "nobody else blinked"
             await one.register(instance(4))
             await seen.until(1, 3, 4)
@@ -85,24 +93,29 @@ def test_killed_and_restarted(own_nats_server: NatsServer) -> None:
     run(main())
 
 
-@pytest.mark.parametrize("how", ["restart", "delete"])
-def test_storage_wiped(own_nats_server: NatsServer, how: str) -> None:
+@pytest.mark.parametrize(("how", "ttl"), [("restart", 600.0), ("long outage", 1.0), ("delete", 1.5)])
+def test_storage_wiped(own_nats_server: NatsServer, how: str, ttl: float) -> None:
     """Owners write again, readers do not blink, and who comes new sees everybody."""
 
     async def main() -> None:
-        one, two = NatsDiscovery(settings(own_nats_server), ttl=1.5), NatsDiscovery(settings(own_nats_server), ttl=1.5)
+        one = NatsDiscovery(settings(own_nats_server), ttl=ttl)
+        two = NatsDiscovery(settings(own_nats_server, ping_interval=2.0), ttl=ttl)
         async with opened(one, two):
             for number in (1, 2):
                 await one.register(instance(number))
             seen = Watcher(two)
             await seen.until(1, 2)
             heard = len(seen.sets)
-            if how == "restart":
-                own_nats_server.restart(wipe=True)
-                await eventually(lambda: one._connection is not None and one._connection.up)
-            else:
+            if how == "delete":
                 assert two._jetstream is not None
                 await two._jetstream.delete_key_value(two._bucket)
+            else:
+                own_nats_server.kill()
+                await eventually(lambda: not one.healthy and not two.healthy)
+                if how == "long outage":
+                    await asyncio.sleep(2 * ttl)
+                own_nats_server.wipe()
+                own_nats_server.start()
             fresh = NatsDiscovery(settings(own_nats_server))
             await Watcher(fresh).until(1, 2)
             await fresh.close()
@@ -113,6 +126,28 @@ def test_storage_wiped(own_nats_server: NatsServer, how: str) -> None:
 
     async def written(reader: NatsDiscovery, count: int) -> bool:
         return len(await in_bucket(reader)) == count
+
+    run(main())
+
+
+def test_what_comes_by_itself_is_newer_than_what_is_read(nats_server: NatsServer, nats_prefix: str) -> None:
+    async def main() -> None:
+        one, two = (NatsDiscovery(settings(nats_server, nats_prefix)) for _ in range(2))
+        async with opened(one, two):
+            for number in (1, 2):
+                await one.register(instance(number))
+            original = two._ensure_bucket
+
+            async def and_then_a_farewell(connection: Any) -> Any:
+                time = await original(connection)
+                marker = SimpleNamespace(
+                    subject=f"{two._subject}demo.worker.generate.0000000000000001", headers={"KV-Operation": "DEL"}, data=b""
+                )
+                await two._on_message(cast(Any, marker))
+                return time
+
+            two._ensure_bucket = and_then_a_farewell  # type: ignore[method-assign]
+            assert {i.id for i in await two.list()} == {2}
 
     run(main())
 
