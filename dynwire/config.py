@@ -483,6 +483,20 @@ class EventsConfig(_Part):
     plane: str = setting(
         "nats", "DYN_EVENT_PLANE", Choice("jetstream", "nats", "zmq", "none"), "how KV cache events travel; nats: core NATS"
     )
+    host: str | None = setting(
+        None,
+        "DYNWIRE_EVENTS_HOST",
+        Optional_(Host(wildcard=True), "auto"),
+        "address that a worker binds for events over zmq; its port is any free one",
+        default_text="auto-detected",
+    )
+    advertise_host: str | None = setting(
+        None,
+        "DYNWIRE_EVENTS_ADVERTISE_HOST",
+        Optional_(Host(wildcard=False), "auto"),
+        "host that routers are told to connect to for events over zmq",
+        default_text="the bound address, or this host's if that is a wildcard",
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -570,14 +584,14 @@ class Config(_Part):
         return value
 
     def listen_hosts(self, plane: str) -> tuple[str, str]:
-        """``(host to bind, host to advertise)`` for the server of ``tcp`` or ``http``.
+        """``(host to bind, host to advertise)`` for the server of ``tcp`` or ``http``, or for ``events`` over zmq.
 
         Without a configured bind host: loopback when discovery cannot reach beyond this machine anyway (``file``, ``mem``),
         so that a laptop works without a network, across changes of network, and exposes nothing to it; otherwise the
         address of this host towards the default route. An advertised host that is configured alone is taken as
         "we are behind this name or NAT", so the wildcard is bound. Raises `ConfigError` for an advertised wildcard.
         """
-        part = self.http if plane == "http" else self.tcp
+        part = self.http if plane == "http" else self.events if plane == "events" else self.tcp
         bind = part.host
         if bind is None:
             if part.advertise_host is not None:
