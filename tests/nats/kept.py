@@ -65,7 +65,7 @@ class Inbox:
 async def eventually(condition: Callable[[], object]) -> None:
     """For what nobody tells."""
     async with asyncio.timeout(WAIT_S):
-        while not condition():
+        while not condition():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
 
 

@@ -437,7 +437,7 @@ async def test_garbage_from_the_server_costs_the_connection(garbage: bytes, capl
 
 async def test_messages_that_nats_py_would_stop_reading_for(large_server: NatsServer, caplog: pytest.LogCaptureFixture) -> None:
     """Anybody can publish such: bytes that are no text in a subject, and headers that are none."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", large_server.port)
+    _, writer = await asyncio.open_connection("127.0.0.1", large_server.port)
     async with connected(large_server.url, port="fast") as connection:
         inbox = Inbox()
         subscription = await connection.subscribe("evil.>", inbox.sink)
