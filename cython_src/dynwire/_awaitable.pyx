@@ -755,16 +755,22 @@ cdef class ItemReader(Waiter):
         self.waiting = False
         _throw(args)
 
-    cdef int take(self, PyObject **result) except? -1:
+    cdef object pop(self, long *cost):
+        """The next item, which has arrived, and what it costs in credit: the caller sees to ``source.consumed``."""
         cdef Py_ssize_t head = self.head
         cdef object item = self.items[head]
-        cdef long cost = self.costs[head]
+        cost[0] = self.costs[head]
         self.items[head] = None
         self.head = head + 1
         if self.head == len(self.items):
             self.items.clear()
             self.head = 0
         self.delivered += 1
+        return item
+
+    cdef int take(self, PyObject **result) except? -1:
+        cdef long cost = 0
+        cdef object item = self.pop(&cost)
         if self.source is not None:
             self.source.consumed(self, cost)
         Py_INCREF(item)
