@@ -99,14 +99,14 @@ class Portal:
             loop.call_soon(started.set)
             try:
                 loop.run_forever()
+            finally:  # also when somebody's SystemExit has ended the loop: whoever waits is told
                 hub.shut()
-                _finish(loop)
-            finally:
-                # Also when somebody's SystemExit has ended the loop: whoever waits is told.
-                hub.shut()
-                hub.close()
-                asyncio.set_event_loop(None)
-                loop.close()
+                try:
+                    _finish(loop)
+                finally:
+                    hub.close()
+                    asyncio.set_event_loop(None)
+                    loop.close()
 
         self._thread = threading.Thread(target=run, name=self._name, daemon=True)
         self._thread.start()

@@ -348,6 +348,8 @@ cdef class Waiter(StreamBase):
         if self.conn is not None:
             if when < self.timer or self.timer == INFINITY:
                 self.conn.arm(self, when)
+                if when != INFINITY and not self.conn.in_dispatch:
+                    self.conn.wrote()  # a driver looks at its timer when it has read or written
             else:
                 self.timer = when  # the sweep will come early and find nothing to do
         return 0

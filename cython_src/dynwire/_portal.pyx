@@ -50,7 +50,8 @@ cdef extern from "Python.h":
     int PyErr_CheckSignals() except -1
     unsigned long PyThread_get_thread_ident()
 
-cdef double SIGNAL_SLICE_S = 0.1     # how long the main thread sleeps before it looks for Ctrl-C, which may come just before the sleep
+# How long the main thread sleeps before it looks for Ctrl-C, which may come just before the sleep.
+cdef double SIGNAL_SLICE_S = 0.1
 # The longest that a submission relies on others to wake the loop. A sleep that ends before the kernel's next tick (1 to 10 ms)
 # costs twice as much, because the processor's timer has to be set for it.
 cdef double DEFERRED_S = 0.01
@@ -132,10 +133,22 @@ cdef class Ticket(Pending):
     cdef object error
 
     def __call__(self, future):
-        if not self.done:
-            self.done = True
-            self.hub.live.discard(self)
-            self.hub.woke(self)
+        if self.done:
+            return
+        # Taken here, so that the thread does not get to free a task: the callbacks of weak references to it are Python code, and
+        # a Ctrl-C that falls into one is lost.
+        self.future = None
+        try:
+            self.value = future.result()
+        except CancelledError as error:
+            # In the thread nothing was cancelled; asyncio's class is no Exception and would end the thread in silence.
+            self.error = concurrent.futures.CancelledError()
+            self.error.__cause__ = error
+        except BaseException as error:
+            self.error = error
+        self.done = True
+        self.hub.live.discard(self)
+        self.hub.woke(self)
 
     cdef int begin(self) except -1:
         cdef object awaitable, channel
@@ -143,12 +156,13 @@ cdef class Ticket(Pending):
         if self.given_up:
             if self.future is not None and not self.done:
                 self.future.cancel()
-            elif self.future is None and self.kind == DO_RUN:
+            elif self.kind == DO_RUN and self.face is not None:
                 self.face.close()
             return 0
         try:
             if self.kind == DO_RUN:
                 awaitable = self.hub.loop.create_task(self.face, context=self.context)
+                self.face = None
             else:
                 channel = self.face._channel
                 if channel is None or not channel.ready:
@@ -184,7 +198,7 @@ cdef class Ticket(Pending):
             self.error = closed_during()
             if self.future is not None:
                 self.future.cancel()
-            elif self.kind == DO_RUN:
+            elif self.kind == DO_RUN and self.face is not None:
                 self.face.close()
             self.hub.woke(self)
         return 0
@@ -195,14 +209,7 @@ cdef class Ticket(Pending):
                 raise self.error
             finally:
                 self.error = None  # its traceback refers to us
-        if self.future is None:
-            return self.value
-        future, self.future = self.future, None
-        try:
-            return future.result()
-        except CancelledError as error:
-            # In the thread nothing was cancelled; asyncio's class is no Exception and would end the thread in silence.
-            raise concurrent.futures.CancelledError() from error
+        return self.value
 
 
 cdef class Feed(Pending):
@@ -453,7 +460,8 @@ cdef class Hub:
             if self.resuming == 0:
                 self.signalled = signal = True
             else:
-                # Other threads have been woken and are about to run; they may have something to submit too. The last wakes the loop.
+                # Other threads have been woken and are about to run; they may have something to submit too. The last one
+                # wakes the loop.
                 seconds = DEFERRED_S
         try:
             while not ticket.done:

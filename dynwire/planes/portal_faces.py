@@ -126,7 +126,8 @@ class PortalChannel(Channel):
             bridge.end()
             raise
         if type(items) is _awaitable.ItemStream:
-            return ThreadItems(hub, items, bridge)
+            found: ItemStream = ThreadItems(hub, items, bridge)  # type: ignore[assignment]  # registered above
+            return found
         return PortalItemStream(self._portal, items, bridge)
 
     # Called by the hub, on the loop
