@@ -938,9 +938,9 @@ def markdown(report: dict[str, Any], stem: str) -> str:
         "dynwire beside its peers",
         [
             "Placement: split = server on one core, client on another; one = both on one core; free = not pinned.",
-            "Congestion control: default = the system's (dynwire chooses its own for a peer on the same host); reno = all peers in",
-            "a namespace with reno. Streams count items, and their latency is that of a whole stream. Others: share of the machine",
-            "that other processes used meanwhile.",
+            "Congestion control: default = the system's (dynwire chooses its own for a peer on the same host); reno = all peers",
+            "in a namespace with reno. Streams count items, and their latency is that of a whole stream. Others: share of the",
+            "machine that other processes used meanwhile.",
         ],
         PEERS,
     )
