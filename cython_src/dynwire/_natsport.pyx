@@ -128,9 +128,10 @@ cdef class PortSocket:
         self.flush_at = EARLY_FLUSH
         try:
             self.parser.advance(n)
-        except ProtocolError as error:
+        except (ProtocolError, MemoryError) as error:
             self.failed(error)
-        self.dispatched()
+        finally:  # also when Ctrl-C comes in a sink
+            self.dispatched()
 
     cdef int dispatched(self) except -1:
         """The messages of one read have been delivered: write what they caused."""
@@ -156,12 +157,14 @@ cdef class PortSocket:
             self.flush_at = EARLY_FLUSH
             try:
                 self.parser.parse()
-            except ProtocolError as error:
+            except (ProtocolError, MemoryError) as error:
                 self.failed(error)
-            self.dispatched()
+            finally:
+                self.dispatched()
 
     def eof_received(self):
         self.eof = True
+        self.fd = -1  # the transport may close it before connection_lost(), and the number may belong to somebody else then
         self.wake_reader()
         return None  # the transport closes itself
 
@@ -212,6 +215,7 @@ cdef class PortSocket:
             self.error = error
         self.parser.stopped = True
         self.eof = True
+        self.fd = -1
         if self.transport is not None:
             self.transport.abort()
         return self.wake_reader()
