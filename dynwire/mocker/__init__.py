@@ -1,0 +1,6 @@
+"""Simulated engine: a worker that schedules, caches and answers like an inference engine, without a model (`python -m dynwire.mocker`)."""
+
+from pathlib import Path
+
+TINY_MODEL = Path(__file__).parent / "model"
+"""A model directory without weights that ships in the package: tokenizer of 1,024 tokens, chat template, configuration."""
