@@ -1,4 +1,8 @@
-"""Simulated engine: a worker that schedules, caches and answers like an inference engine, without a model (`python -m dynwire.mocker`)."""
+"""Simulated engine: a worker that schedules, caches and answers like an inference engine, without a model.
+
+``python -m dynwire.mocker`` runs it. What decides is sans-IO and knows no clock: `blocks` (the paged cache), `scheduler`
+(continuous batching), `timing` (how long a step takes), `text` (which tokens come). `engine` moves it along in real time.
+"""
 
 from pathlib import Path
 
