@@ -218,12 +218,18 @@ def _hash(first: int) -> int:
 def test_preemption_takes_the_newest_and_costs_it_no_token() -> None:
     config = EngineConfig(num_blocks=6, block_size=4, max_num_seqs=4, max_num_batched_tokens=16)
     scheduler = Scheduler(config, story())
-    old, new, later = (Sequence(prompt(8, first), max_tokens=12) for first in (1, 2, 3))
-    outcomes = simulate(scheduler, [(0.0, old), (0.001, new), (0.002, later)])
-    assert old.preemptions == 0 and new.preemptions > 0 and scheduler.preemptions == new.preemptions + later.preemptions
-    assert max(outcomes[1].token_times) < max(outcomes[2].token_times), "who was put aside goes on before those behind"
+    old, new, later = sequences = [Sequence(prompt(8, first), max_tokens=12) for first in (1, 2, 3)]
+    for sequence in sequences:
+        scheduler.add(sequence, 0.0)
+    while not scheduler.preemptions:
+        assert (step := scheduler.schedule(0.0)) is not None
+        scheduler.complete(step, 0.0)
+    assert list(scheduler.waiting) == [new, later] and old.running and not new.running
+    while (step := scheduler.schedule(0.0)) is not None:
+        scheduler.complete(step, 0.0)
+    assert old.preemptions == 0
     alone = [run(Sequence(prompt(8, first), max_tokens=12), config) for first in (1, 2, 3)]
-    assert [outcome.answer for outcome in outcomes] == alone
+    assert [sequence.tokens[8:].tolist() for sequence in sequences] == alone
 
 
 def test_clearing() -> None:
@@ -292,6 +298,7 @@ class AnyOrder(RuleBasedStateMachine):
     @precondition(lambda self: self.step is None)
     @rule()
     def schedule(self) -> None:
+        running = {s for s in self.sequences if s.running}
         fresh = {s for s in self.sequences if not s.running and s.finish_reason is None}
         self.step = self.scheduler.schedule(0.0)
         assert (self.step is None) == self.scheduler.idle
@@ -300,8 +307,9 @@ class AnyOrder(RuleBasedStateMachine):
         assert self.step.duration > 0
         assert self.step.decodes + sum(count for _, count in self.step.prefills) <= SMALL.max_num_batched_tokens
         assert self.scheduler.active <= SMALL.max_num_seqs
-        if self.step.preempted:
-            assert not fresh.intersection(sequence for sequence, _ in self.step.prefills)
+        if self.step.preempted:  # nobody is let in, least of all those who were put aside
+            assert all(sequence in running for sequence, _ in self.step.prefills)
+            assert sum(sequence.running for sequence in running) == len(running) - self.step.preempted
         for sequence, count in self.step.prefills:
             assert count > 0 and sequence.computed + count <= sequence.length
             if sequence in fresh:  # the naive model: the longest known prefix, less the last token
