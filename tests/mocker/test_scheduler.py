@@ -222,7 +222,8 @@ def test_preemption_takes_the_newest_and_costs_it_no_token() -> None:
     for sequence in sequences:
         scheduler.add(sequence, 0.0)
     while not scheduler.preemptions:
-        assert (step := scheduler.schedule(0.0)) is not None
+        step = scheduler.schedule(0.0)
+        assert step is not None
         scheduler.complete(step, 0.0)
     assert list(scheduler.waiting) == [new, later] and old.running and not new.running
     while (step := scheduler.schedule(0.0)) is not None:
