@@ -343,7 +343,7 @@ class AnyOrder(RuleBasedStateMachine):
         for sequence in self.sequences:
             if sequence.finish_reason != "cancelled":
                 alone = Sequence(
-                    sequence.tokens[: sequence.prompt_length], max_tokens=sequence.max_tokens, stop_ids=sequence.stop_ids
+                    sequence.tokens[: sequence.prompt_length], max_tokens=sequence.max_tokens, stop_ids=[*sequence.stop_ids]
                 )
                 assert run(alone) == sequence.tokens[sequence.prompt_length : sequence.length].tolist()
 
