@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import time
-from collections.abc import AsyncIterator, Callable, Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,8 @@ MAX_LAG_S = 0.02
 _clock = time.monotonic
 
 
-class _Wake:
-    """What a consumer awaits: asyncio's future protocol without a new future per token.
+class Wake:
+    """What the consumer of a sequence awaits: asyncio's future protocol without a new future per token.
 
     The consumer goes on within `__call__`, not in a later turn of the loop, so that everything that one step brings leaves
     together. Only ever awaited by one task, on the engine's loop.
@@ -44,7 +44,7 @@ class _Wake:
             self._callback = self._context = None
             context.run(callback, self)
 
-    def __await__(self) -> Generator[_Wake, None, None]:
+    def __await__(self) -> Generator[Wake, None, None]:
         self._asyncio_future_blocking = True
         yield self
 
@@ -85,13 +85,26 @@ class Rank:
         self._step: Step | None = None
         self._handle: asyncio.Handle | None = None
 
-    def add(self, sequence: Sequence) -> None:
+    def add(self, sequence: Sequence) -> Wake:
         self.scheduler.add(sequence, self._now())
-        sequence.consumer = _Wake(self._loop)
+        wake = sequence.wake = Wake(self._loop)
         if self._handle is None:
             self._due = _clock()
             # not now: what else arrives in this turn of the loop belongs into the same step
             self._handle = self._loop.call_soon(self._begin)
+        return wake
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Nothing more is wanted: its blocks are free at once. Nothing happens if it has finished."""
+        self.scheduler.cancel(sequence)
+
+    def call(self, function: Callable[..., object], *arguments: object) -> None:
+        """Have the engine's loop call something soon, from any thread. Nothing happens if the loop is gone."""
+        try:
+            self._loop.call_soon_threadsafe(function, *arguments)
+        except RuntimeError:
+            if not self._loop.is_closed():
+                raise
 
     def _now(self) -> float:
         return (_clock() - self._origin) * self._speedup
@@ -112,7 +125,7 @@ class Rank:
     def _end(self) -> None:
         assert self._step is not None
         for sequence in self.scheduler.complete(self._step, self._now()):
-            sequence.consumer()
+            sequence.wake()
         self._begin()
 
     def close(self) -> None:
@@ -171,37 +184,13 @@ class Engine:
         self.config = config
         self.ranks = [Rank(Scheduler(config, text, sink, worker_id, number), speedup, loop) for number in range(dp_size)]
 
-    def add(self, sequence: Sequence, dp_rank: int | None = None) -> Rank:
-        """Queue a request, on the rank with the least to do if none is named. Raises `ValueError` if it can never be answered."""
-        if dp_rank is None:
-            rank = min(self.ranks, key=lambda r: (r.scheduler.active + len(r.scheduler.waiting), r.scheduler.pool.used))
-        elif 0 <= dp_rank < len(self.ranks):
-            rank = self.ranks[dp_rank]
-        else:
-            raise ValueError(f"dp_rank is {dp_rank}; this worker has ranks 0 to {len(self.ranks) - 1}")
-        rank.add(sequence)
-        return rank
-
-    async def generate(self, sequence: Sequence, dp_rank: int | None = None) -> AsyncIterator[list[int]]:
-        """Queue a request and iterate over its new tokens, one list per step, or per several steps for a slow reader.
-
-        ``sequence.finish_reason`` is set with the last one. Closing the iterator cancels the request; its blocks are free then.
-        Raises `ValueError` if it can never be answered.
-        """
-        rank = self.add(sequence, dp_rank)
-        wake, tokens = sequence.consumer, sequence.tokens
-        try:
-            while True:
-                begin, end = sequence.delivered, sequence.length
-                if begin == end:
-                    await wake
-                    continue
-                sequence.delivered = end
-                yield tokens[begin:end].tolist()
-                if sequence.finish_reason is not None and sequence.delivered == sequence.length:
-                    return
-        finally:
-            rank.scheduler.cancel(sequence)
+    def rank(self, number: int | None = None) -> Rank:
+        """The rank of that number, or the one with the least to do. Raises `ValueError` if there is none of that number."""
+        if number is None:
+            return min(self.ranks, key=lambda r: (r.scheduler.active + len(r.scheduler.waiting), r.scheduler.pool.used))
+        if not 0 <= number < len(self.ranks):
+            raise ValueError(f"dp_rank is {number}; this worker has ranks 0 to {len(self.ranks) - 1}")
+        return self.ranks[number]
 
     def metrics(self) -> list[Metrics]:
         found = []

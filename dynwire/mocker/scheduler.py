@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 from array import array
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
@@ -69,6 +70,10 @@ class EngineConfig:
             raise ValueError(f"the prompt has {length} tokens, and one more would not fit: {what}")
 
 
+def _nobody() -> None:
+    pass
+
+
 class Sequence:
     """One request: its tokens, and how far the engine has come with them. Made by the caller, changed by the scheduler."""
 
@@ -83,7 +88,6 @@ class Sequence:
         "arrived",
         "cached_tokens",
         "computed",
-        "consumer",
         "delivered",
         "eos_id",
         "finish_reason",
@@ -98,6 +102,7 @@ class Sequence:
         "seed",
         "stop_ids",
         "tokens",
+        "wake",
     )
 
     def __init__(
@@ -126,8 +131,8 @@ class Sequence:
         """tokens whose keys and values are in the cache"""
         self.delivered = self.prompt_length
         """for whoever hands the tokens on: those before are gone already"""
-        self.consumer: object = None
-        """for whoever hands the tokens on"""
+        self.wake: Callable[[], object] = _nobody
+        """for whoever hands the tokens on: called when there are new ones"""
         self.running = False
         self.arrived = 0.0
         self.first_token_at: float | None = None
