@@ -173,9 +173,12 @@ class Engine:
         speedup: float = 1.0,
         dp_size: int = 1,
         sink: KvEventSink | None = None,
-        worker_id: int = 0,
+        worker_id: int | None = None,
     ) -> None:
-        """``speedup``: simulated seconds per real second. ``sink`` gets the cache events of all ranks. Raises `ValueError`."""
+        """``speedup``: simulated seconds per real second. ``sink`` gets the cache events of all ranks, once there is a worker id.
+
+        Raises `ValueError`.
+        """
         if not speedup > 0:
             raise ValueError(f"the speedup ratio is {speedup}; allowed is > 0")
         if dp_size < 1:
@@ -183,6 +186,11 @@ class Engine:
         loop = asyncio.get_running_loop()
         self.config = config
         self.ranks = [Rank(Scheduler(config, text, sink, worker_id, number), speedup, loop) for number in range(dp_size)]
+
+    def identify(self, worker_id: int) -> None:
+        """The worker has been registered under this id: it stands in the cache events."""
+        for rank in self.ranks:
+            rank.scheduler.events.identify(worker_id)
 
     def rank(self, number: int | None = None) -> Rank:
         """The rank of that number, or the one with the least to do. Raises `ValueError` if there is none of that number."""

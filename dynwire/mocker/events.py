@@ -20,11 +20,20 @@ class KvEvents:
     by one.
     """
 
-    def __init__(self, sink: KvEventSink | None, worker_id: int = 0, dp_rank: int = 0) -> None:
+    def __init__(self, sink: KvEventSink | None, worker_id: int | None = None, dp_rank: int = 0) -> None:
+        """``worker_id`` None: not known yet; events wait for `identify`."""
         self.sink = sink
-        self.worker_id = worker_id
         self.dp_rank = dp_rank
         self.last_id = 0
+        self._worker_id = worker_id
+        self._waiting: list[dict[str, Any]] = []
+
+    def identify(self, worker_id: int) -> None:
+        """The worker has its id: hand over what waited for it."""
+        self._worker_id = worker_id
+        waiting, self._waiting = self._waiting, []
+        for event in waiting:
+            self._hand_over(event)
 
     def stored(self, parent: int | None, blocks: Sequence[tuple[int, int]]) -> None:
         """``blocks``: (engine's hash, tokens hash) of consecutive blocks behind ``parent``."""
@@ -41,7 +50,13 @@ class KvEvents:
             self._send("cleared")
 
     def _send(self, data: dict[str, Any] | str) -> None:
-        assert self.sink is not None
         self.last_id += 1
         event = {"event_id": self.last_id, "dp_rank": self.dp_rank, "data": data}
-        self.sink({"worker_id": self.worker_id, "event": event})
+        if self._worker_id is None:
+            self._waiting.append(event)
+        else:
+            self._hand_over(event)
+
+    def _hand_over(self, event: dict[str, Any]) -> None:
+        assert self.sink is not None
+        self.sink({"worker_id": self._worker_id, "event": event})

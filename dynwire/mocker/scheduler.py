@@ -179,7 +179,7 @@ class Scheduler:
         config: EngineConfig,
         text: Storyteller,
         sink: KvEventSink | None = None,
-        worker_id: int = 0,
+        worker_id: int | None = None,
         dp_rank: int = 0,
     ) -> None:
         self.config = config

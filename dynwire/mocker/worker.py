@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import TYPE_CHECKING
 
+from ..workers.protocol import EngineItem, EngineRequest
 from . import TINY_MODEL
-from .engine import Engine, Rank
+from .engine import Engine, Metrics, Rank
 from .scheduler import Sequence as Answer
 from .text import Storyteller
 
@@ -30,59 +31,63 @@ class Mocker:
     """Answers requests with an engine. ``generate`` is the handler to serve, on the engine's event loop."""
 
     def __init__(self, engine: Engine, eos_ids: Sequence[int] = (), ends: str = "open") -> None:
-        """``eos_ids``: of the model, for requests that name none; ``ends``: one of `ENDS`."""
+        """``eos_ids``: of the model, for requests that name none; ``ends``: one of `ENDS`. Raises `ValueError`."""
         if ends not in ENDS:
             raise ValueError(f"ends is {ends!r}; allowed is {', '.join(ENDS)}")
         self.engine = engine
-        self._eos_ids = tuple(eos_ids)
+        self._eos_ids = list(eos_ids)
         self._ends = ends
 
-    def answer_to(self, request: Mapping[str, Any]) -> Answer:
-        """The engine's view of a request. Raises `ValueError`."""
-        stop = request.get("stop_conditions") or {}
-        sampling = request.get("sampling_options") or {}
-        eos_ids = request.get("eos_token_ids") or self._eos_ids
-        max_tokens = stop.get("max_tokens")
-        stop_ids = list(stop.get("stop_token_ids") or ())
-        ignore_eos = bool(stop.get("ignore_eos"))
-        if not ignore_eos:
-            stop_ids += eos_ids
+    def answer_to(self, request: EngineRequest) -> Answer:
+        """The engine's view of a request."""
+        stop = request.stop_conditions
+        eos_ids = request.eos_token_ids or self._eos_ids
+        natural = self._ends == "always" or (self._ends == "open" and stop.max_tokens is None)
         return Answer(
-            request["token_ids"],
-            max_tokens=max_tokens,
-            min_tokens=stop.get("min_tokens") or 0,
-            stop_ids=stop_ids,
+            request.token_ids,
+            max_tokens=stop.max_tokens,
+            min_tokens=stop.min_tokens or 0,
+            stop_ids=stop.stop_token_ids if stop.ignore_eos else [*stop.stop_token_ids, *eos_ids],
             eos_id=eos_ids[0] if eos_ids else None,
-            seed=sampling.get("seed") or 0,
-            may_end=not ignore_eos and (self._ends == "always" or (self._ends == "open" and max_tokens is None)),
+            seed=request.sampling_options.seed or 0,
+            may_end=natural and not stop.ignore_eos,
         )
+
+    async def generate(self, request: EngineRequest, context: Context) -> AsyncGenerator[EngineItem, None]:
+        """The tokens of one step per item, of several if the caller reads slowly.
+
+        Whatever ends this generator early frees the request's blocks at once; ``context.stop()`` ends it with the tokens there
+        are and the finish reason ``cancelled``. Raises `ValueError` for a request that can never be answered.
+        """
+        answer = self.answer_to(request)
+        rank = self.engine.rank(request.routing.dp_rank if request.routing is not None else None)
+        wake = rank.add(answer)
+        tokens = answer.tokens
+        cached: int | None = -1
+        context.on_stop(lambda: rank.call(self._stop, rank, answer))
+        try:
+            while True:
+                begin, end = answer.delivered, answer.length
+                if begin < end:
+                    if cached is not None:
+                        cached = answer.cached_tokens
+                    answer.delivered = end
+                    yield EngineItem(tokens[begin:end].tolist(), answer.finish_reason, None, cached)
+                    cached = None
+                elif answer.finish_reason is None:
+                    await wake
+                else:
+                    if answer.finish_reason == "cancelled":
+                        yield EngineItem([], "cancelled")
+                    return
+        finally:
+            rank.cancel(answer)
 
     @staticmethod
     def _stop(rank: Rank, answer: Answer) -> None:
         rank.cancel(answer)
         answer.wake()
 
-    async def generate(self, request: Mapping[str, Any], context: Context) -> AsyncGenerator[dict[str, Any], None]:
-        """Items ``{"token_ids", "finish_reason"}``: the tokens of one step each, of several if the caller reads slowly.
-
-        The finish reason is None until the last item. Whatever ends this generator early frees the request's blocks at once;
-        ``context.stop()`` ends it with the tokens there are. Raises `ValueError` for a request that can never be answered.
-        """
-        answer = self.answer_to(request)
-        rank = self.engine.rank((request.get("routing") or {}).get("dp_rank"))
-        wake = rank.add(answer)
-        tokens = answer.tokens
-
-        context.on_stop(lambda: rank.call(self._stop, rank, answer))
-        try:
-            while True:
-                begin, end = answer.delivered, answer.length
-                if begin < end:
-                    answer.delivered = end
-                    yield {"token_ids": tokens[begin:end].tolist(), "finish_reason": answer.finish_reason}
-                elif answer.finish_reason is None:
-                    await wake
-                else:
-                    return
-        finally:
-            rank.cancel(answer)
+    async def metrics(self, request: object) -> list[Metrics]:
+        """Handler that tells what every rank is doing."""
+        return self.engine.metrics()
