@@ -16,6 +16,7 @@ COMMANDS = {
     "call": "Send one request and print the reply.",
     "config": "Show the settings and where they come from.",
     "demo": "Two workers, two callers, one crash: see it all work in a few seconds.",
+    "load": "Load on an OpenAI-compatible server, and a table of latencies.",
     "ls": "List the instances that discovery knows.",
     "serve": "Serve handlers until SIGINT or SIGTERM.",
 }
