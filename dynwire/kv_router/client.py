@@ -32,16 +32,10 @@ def _tokens(payload: Any) -> Any:
     return found if isinstance(found, (list, tuple)) else None
 
 
-def _routed(payload: Any, dp_rank: int, blocks: int) -> Any:
+def _routed(payload: Any, dp_rank: int, blocks: int) -> dict[str, Any]:
     """The request with the router's decision in it."""
-    if isinstance(payload, dict):
-        return {**payload, "routing": {**(payload.get("routing") or {}), "dp_rank": dp_rank, "expected_blocks": blocks}}
-    routing = payload.routing
-    if routing is None:
-        from ..workers.protocol import Routing
-
-        routing = Routing()
-    return msgspec.structs.replace(payload, routing=msgspec.structs.replace(routing, dp_rank=dp_rank, expected_blocks=blocks))
+    plain = payload if isinstance(payload, dict) else msgspec.to_builtins(payload)
+    return {**plain, "routing": {**(plain.get("routing") or {}), "dp_rank": dp_rank, "expected_blocks": blocks}}
 
 
 def _cached(item: Any) -> int | None:
