@@ -27,7 +27,7 @@ LAYERS = (
     ("planes", "event_plane", "discovery"),
     ("manager", "runtime", "endpoint", "client", "service", "routing", "migration", "replies", "kv_router"),
     ("workers", "frontend", "mocker", "vllm"),
-    ("cli", "__main__", "testing"),
+    ("loadgen", "cli", "__main__", "testing"),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 

@@ -16,6 +16,7 @@ COMMANDS = {
     "call": "Send one request and print the reply.",
     "config": "Show the settings and where they come from.",
     "demo": "Two workers, two callers, one crash: see it all work in a few seconds.",
+    "load": "Load on an OpenAI-compatible server, and a table of latencies.",
     "doctor": "Check installation, settings, discovery and NATS, and say what to do.",
     "ls": "List the instances that discovery knows.",
     "nats": "Run a nats-server for development.",
