@@ -258,6 +258,8 @@ def _show(result: dict[str, Any]) -> None:
     late = result["late"]["p99"]
     if late is not None and result["rate"] is not None and late > 0.005:
         click.echo(f"\nRequests were sent {tables.duration(late)} late (p99): this machine or the connections are the limit.")
+    if result["generator_cpu_seconds"] > 0.9 * result["seconds"]:
+        click.echo("\nThis process used up its core: the server may be able to do more.")
     if result["errors"]:
         click.echo()
         errors = [(found["count"], kind, (found["examples"] or [""])[0]) for kind, found in result["errors"].items()]
