@@ -665,6 +665,19 @@ def load_config(
     return config
 
 
+def child_environment(config: Config, variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment for a process that is to have the same settings: ours, with what keywords and the command line said.
+
+    ``variables`` come on top.
+    """
+    found = dict(os.environ)
+    for s in _SETTINGS.values():
+        value = config.get(s.name)
+        if config.origins.get(s.name) in ("keyword", "command line") and value is not None:
+            found[s.env] = ",".join(value) if isinstance(value, tuple) else str(value)
+    return {**found, **(variables or {})}
+
+
 def _parse(s: Setting, raw: object, origin: str) -> Any:
     shown: object = MASK if s.secret else mask_url(str(raw)) if isinstance(s.kind, Urls) else raw
     reason = ""

@@ -128,7 +128,7 @@ def test_version_and_help(shell: Shell) -> None:
     assert done.returncode == 0 and all(name in done.stdout for name in (b"serve", b"call", b"ls", b"config", b"bench", b"demo"))
 
 
-@pytest.mark.parametrize("command", ["serve", "call", "ls", "config", "bench", "demo"])
+@pytest.mark.parametrize("command", ["serve", "call", "ls", "config", "bench", "demo", "load"])
 def test_every_command_has_help(shell: Shell, command: str) -> None:
     done = shell.run(command, "--help")
     assert done.returncode == 0 and done.stdout.startswith(b"Usage: dynwire")
@@ -343,7 +343,7 @@ def test_reader_that_goes_away_ends_a_stream_quietly(shell: Shell) -> None:
 
 def test_demo(shell: Shell) -> None:
     shell.environment["TMPDIR"] = str(shell.directory)
-    done = shell.run("demo")
+    done = shell.run("demo", "--only", "calls")
     text = done.stdout.decode()
     assert done.returncode == 0, text + done.stderr.decode()
     assert "All as promised" in text and "PeerLost" in text and "FAILED  " not in text.replace("OK  FAILED", "")
@@ -357,7 +357,7 @@ def test_the_error_of_a_worker_that_cannot_start_is_shown(shell: Shell) -> None:
 
 
 def test_demo_json(shell: Shell) -> None:
-    done = shell.run("demo", "--json")
+    done = shell.run("demo", "--only", "calls", "--json")
     report = json.loads(done.stdout)
     assert done.returncode == 0 and report["ok"] and all(check["ok"] for check in report["checks"])
     assert {row["phase"] for row in report["rows"]} == {"calm", "crash", "after"}
@@ -369,7 +369,7 @@ def test_demo_json(shell: Shell) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_stopping_the_demo_leaves_nothing_behind(shell: Shell, number: signal.Signals, code: int) -> None:
     shell.environment["TMPDIR"] = str(shell.directory)
-    demo = shell.start("demo")
+    demo = shell.start("demo", "--only", "calls")
     assert demo.stdout is not None
     pids = []
     for line in demo.stdout:

@@ -207,7 +207,7 @@ async def _play(target: Any, shape: Any, plan: Plan, warmup: float) -> Tally:
         for part in ([replace(plan, duration=warmup, requests=None, seed=plan.seed + 1000)] if warmup else []) + [plan]:
             run = Run(target, shape, part)
             current[:] = [run]
-            ticking = asyncio.ensure_future(_tick(run, "warm-up" if part is not plan else "load"))
+            ticking = asyncio.ensure_future(tick(run, "warm-up" if part is not plan else "load"))
             try:
                 tally = await run.start()
             finally:
@@ -221,7 +221,7 @@ async def _play(target: Any, shape: Any, plan: Plan, warmup: float) -> Tally:
         loop.remove_signal_handler(signal.SIGINT)
 
 
-async def _tick(run: Run, name: str) -> None:
+async def tick(run: Run, name: str) -> None:
     """The progress bar, on stderr."""
     live = sys.stderr.isatty()
     try:

@@ -130,6 +130,7 @@ async def test_a_seed_makes_another_answer() -> None:
     [
         (request(length=200), "max_model_len"),
         (EngineRequest("m", []), "empty"),
+        (EngineRequest("m", [1, -1]), "no token id"),
         (request(max_tokens=0), "max_tokens"),
         (to_rank(1, request()), "dp_rank is 1"),
     ],
