@@ -60,7 +60,7 @@ build: $(VENV)/.stamp-package $(VENV)/.stamp-extra-speed $(VENV)/.stamp-extra-cl
 
 # --- what users run ---------------------------------------------------------------------------------------------------
 
-demo: build  ## two worker processes and two callers on this machine; PLANE=tcp
+demo: build $(foreach e,frontend mocker load,$(VENV)/.stamp-extra-$(e))  ## a model served and called on this machine, workers killed; PLANE=tcp
 	$(BIN)/dynwire demo --plane $(PLANE)
 
 bench: build $(VENV)/.stamp-extra-bench  ## compare with other transports, write charts (long)

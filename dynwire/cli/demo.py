@@ -1,8 +1,9 @@
 """``dynwire demo``: the whole of dynwire in a few seconds, checked by itself.
 
 First a model is served (`demo_serving`), then endpoints are called, which is the part in this file: two worker processes serve
-over a directory for discovery. A threaded caller (`NetworkManager`) and an asyncio caller (`AsyncNetworkManager`) go through three
-phases in step: calm; crash, where one worker is killed while streams run; after, where everything must go on with the other worker.
+over a directory for discovery. A threaded caller (`NetworkManager`) and an asyncio caller (`AsyncNetworkManager`) go through
+three phases in step: calm; crash, where one worker is killed while streams run; after, where everything must go on with the
+other worker.
 """
 
 from __future__ import annotations
