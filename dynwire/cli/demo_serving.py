@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 MODEL = "tiny"
 ENDPOINT = "demo.backend.generate"
 METRICS = "demo.backend.engine_metrics"
-# a step of the simulated engine takes 6 ms; so a token comes every 0.4 ms, and answers are long enough to be cut in the middle
-SPEEDUP = 15
+# a step of the simulated engine takes 6 ms; so a token comes every 1.2 ms, and answers are long enough to be cut in the middle
+SPEEDUP = 5
 QUESTION = "Hello!"
 CURL_TOKENS = 40
 CONCURRENCY = 16
