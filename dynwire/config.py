@@ -533,7 +533,9 @@ class FrontendConfig(_Part):
         "requests in flight per sequence that a model's workers can run; at this load requests are answered with 503",
         default_text="off",
     )
-    retry_after: float = setting(1.0, "DYNWIRE_FRONTEND_RETRY_AFTER", _seconds(), "what refused clients are told to wait", unit="s")
+    retry_after: float = setting(
+        1.0, "DYNWIRE_FRONTEND_RETRY_AFTER", _seconds(), "what refused clients are told to wait", unit="s"
+    )
     body_limit_mb: float = setting(
         16.0, "DYN_HTTP_BODY_LIMIT_MB", Number(float, 0.001, 4096, "megabytes"), "largest request", unit="MiB"
     )
@@ -544,7 +546,12 @@ class FrontendConfig(_Part):
         30.0, "DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", _seconds(0), "how long a shutdown waits for answers", unit="s"
     )
     api_keys: str | None = setting(
-        None, "DYNWIRE_API_KEYS", Optional_(Text()), "keys of clients, separated by commas", secret=True, default_text="none: open"
+        None,
+        "DYNWIRE_API_KEYS",
+        Optional_(Text()),
+        "keys of clients, separated by commas",
+        secret=True,
+        default_text="none: open",
     )
     api_key_file: str | None = setting(
         None, "DYNWIRE_API_KEY_FILE", Optional_(Text("a path", r"[^\0]+")), "file with one key per line"

@@ -206,7 +206,21 @@ class LoopRuntime:
 class Route:
     """The instances of one endpoint as one client sees them. Any thread, apart from ``watch``, which is its loop's."""
 
-    __slots__ = ("_accepts", "_aside", "_foreign", "_listeners", "_lock", "_ring", "here", "loop", "path", "plane", "table", "turn", "watch")
+    __slots__ = (
+        "_accepts",
+        "_aside",
+        "_foreign",
+        "_listeners",
+        "_lock",
+        "_ring",
+        "here",
+        "loop",
+        "path",
+        "plane",
+        "table",
+        "turn",
+        "watch",
+    )
 
     def __init__(
         self,

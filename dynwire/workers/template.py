@@ -62,7 +62,7 @@ class ChatTemplate:
     """One model's template. Immutable; any thread may render."""
 
     def __init__(self, source: str, special_tokens: Mapping[str, str] | None = None) -> None:
-        """``special_tokens``: names (``bos_token``, …) to texts. Raises `ConfigError` if jinja2 is missing or the source is wrong."""
+        """``special_tokens``: names (``bos_token``, …) to texts. Raises `ConfigError`: no jinja2, or a wrong source."""
         environment = _environment()
         from jinja2 import TemplateError
 

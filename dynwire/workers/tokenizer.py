@@ -219,7 +219,7 @@ class Tokenizer:
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_buffer(data)
             head = msgspec.json.decode(data, type=_Head)
-        except Exception as error:  # noqa: BLE001  # the library raises plain Exception for what it cannot read
+        except Exception as error:  # the library raises plain Exception for what it cannot read
             raise ConfigError(f"the tokenizer cannot be read: {error}", name="tokenizer.json") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
