@@ -81,14 +81,14 @@ class Shell:
         self.processes.append(process)
         return process
 
-    def run(self, *arguments: str, input: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+    def run(self, *arguments: str, input: bytes | None = None, timeout: float = HANG_S) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(
             [sys.executable, "-m", "dynwire", *arguments],
             cwd=self.directory,
             env=self.environment,
             input=b"" if input is None else input,
             capture_output=True,
-            timeout=HANG_S,
+            timeout=timeout,
         )
 
     def serve(self, **handlers: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
@@ -347,6 +347,22 @@ def test_demo(shell: Shell) -> None:
     text = done.stdout.decode()
     assert done.returncode == 0, text + done.stderr.decode()
     assert "All as promised" in text and "PeerLost" in text and "FAILED  " not in text.replace("OK  FAILED", "")
+    assert not list(shell.directory.glob("dynwire-demo-*"))
+
+
+@pytest.mark.hard_timeout(120)
+@pytest.mark.parametrize("plane", ["tcp", "http"])
+def test_demo_of_serving(shell: Shell, plane: str) -> None:
+    shell.environment["TMPDIR"] = str(shell.directory)
+    done = shell.run("demo", "--only", "serving", "--plane", plane, "--json", timeout=100)
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and report["ok"] and report["plane"] == plane, report
+    checks = report["serving"]["checks"]
+    assert len(checks) == 6 and all(check["ok"] for check in checks)
+    assert [(row["phase"], row["failed"]) for row in report["serving"]["rows"]] == [("calm", 0), ("crash", 0), ("after", 0)]
+    assert b"curl" in done.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(report["serving"]["killed_pid"], 0)
     assert not list(shell.directory.glob("dynwire-demo-*"))
 
 

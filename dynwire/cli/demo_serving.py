@@ -5,11 +5,11 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
+import re
 import select
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -137,7 +137,6 @@ def play(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
         )
     # on this machine only, and on ports that are free
     environment = child_environment(config, LOCAL)
-    port = _free_port()
     checks: dict[str, bool] = {}
     with ExitStack() as children:
 
@@ -147,15 +146,16 @@ def play(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
         mocker = ("dynwire.mocker", "--model-name", MODEL, "--endpoint", ENDPOINT, "--speedup-ratio", str(SPEEDUP))
         workers = [start("worker", *mocker) for _ in range(2)]
         frontend = start(
-            "frontend", *("dynwire.frontend", "--http-host", "127.0.0.1", "--http-port", str(port), "--migration-limit", "3")
+            "frontend", *("dynwire.frontend", "--http-host", "127.0.0.1", "--http-port", "0", "--migration-limit", "3")
         )
         for worker in workers:
             say(f"worker {worker.pid}: {worker.first_line(READY_TIMEOUT_S)}")
-        _wait_for_model(port, [frontend, *workers])
-        say(f"frontend {frontend.pid} at http://127.0.0.1:{port} knows the model {MODEL!r}")
-        checks["curl: a whole answer and a streamed one say the same"] = _curl(port, say)
+        url = _url_in(frontend.first_line(READY_TIMEOUT_S))
+        _wait_for_model(url, [frontend, *workers])
+        say(f"frontend {frontend.pid} at {url} knows the model {MODEL!r}")
+        checks["curl: a whole answer and a streamed one say the same"] = _curl(url, say)
         victim, survivor = workers
-        rows, more = run_async(_load(config, port, victim, say))
+        rows, more = run_async(_load(config, url, victim, say))
         checks |= more
         codes = [child.stop() for child in (frontend, survivor)]
         say(f"frontend and the other worker stopped (SIGTERM), exit codes {codes[0]} and {codes[1]}")
@@ -168,21 +168,21 @@ def play(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
     }
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def _url_in(line: str) -> str:
+    found = re.search(r"https?://[^\s,)]+", line)
+    if found is None:
+        raise ConnectError(f"the frontend says {line!r}, which names no address")
+    return found[0]
 
 
-def _wait_for_model(port: int, children: list[Child]) -> None:
+def _wait_for_model(url: str, children: list[Child]) -> None:
     deadline = time.monotonic() + READY_TIMEOUT_S
     while time.monotonic() < deadline:
         for child in children:
             child.check()
         with (
             suppress(urllib.error.URLError, OSError, msgspec.DecodeError),
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=2.0) as reply,
+            urllib.request.urlopen(f"{url}/v1/models", timeout=2.0) as reply,
         ):
             if any(model["id"] == MODEL for model in msgspec.json.decode(reply.read())["data"]):
                 return
@@ -190,20 +190,20 @@ def _wait_for_model(port: int, children: list[Child]) -> None:
     children[0].fail(f"did not know the model {MODEL} within {READY_TIMEOUT_S:g} s")
 
 
-def _curl(port: int, say: Callable[[str], None]) -> bool:
+def _curl(url: str, say: Callable[[str], None]) -> bool:
     """One answer as a whole and one as a stream."""
     body = {"model": MODEL, "messages": [{"role": "user", "content": QUESTION}], "max_tokens": CURL_TOKENS}
-    whole = msgspec.json.decode(_ask(port, body, say))["choices"][0]["message"]["content"]
+    whole = msgspec.json.decode(_ask(url, body, say))["choices"][0]["message"]["content"]
     say(f"  {whole}")
-    streamed = _ask(port, {**body, "stream": True}, say).decode()
+    streamed = _ask(url, {**body, "stream": True}, say).decode()
     events = [line.removeprefix("data: ") for line in streamed.splitlines() if line.startswith("data: ")]
     parts = [choice["delta"].get("content") or "" for e in events[:-1] for choice in msgspec.json.decode(e)["choices"]]
     say(f"  {len(events)} events: {' '.join(map(repr, [part for part in parts if part][:6]))} … {events[-1]}")
     return bool(whole) and "".join(parts) == whole and events[-1] == "[DONE]"
 
 
-def _ask(port: int, body: dict[str, Any], say: Callable[[str], None]) -> bytes:
-    url, data = f"http://127.0.0.1:{port}/v1/chat/completions", msgspec.json.encode(body).decode()
+def _ask(url: str, body: dict[str, Any], say: Callable[[str], None]) -> bytes:
+    url, data = f"{url}/v1/chat/completions", msgspec.json.encode(body).decode()
     curl = shutil.which("curl")
     command = ["curl", "-sS", "--fail-with-body", "-N", url, "-H", "Content-Type: application/json", "-d", data]
     if curl is None:
@@ -220,7 +220,7 @@ def _ask(port: int, body: dict[str, Any], say: Callable[[str], None]) -> bytes:
 
 
 async def _load(
-    config: Config, port: int, victim: Child, say: Callable[[str], None]
+    config: Config, url: str, victim: Child, say: Callable[[str], None]
 ) -> tuple[list[dict[str, Any]], dict[str, bool]]:
     from ..loadgen.http import Target
     from ..loadgen.prompts import Shape
@@ -230,7 +230,7 @@ async def _load(
 
     async def phase(name: str, kill: bool) -> Tally:
         plan = Plan(concurrency=CONCURRENCY, requests=REQUESTS, timeout=REQUEST_TIMEOUT_S, seed=len(name))
-        run = Run(Target(f"127.0.0.1:{port}"), shape, plan)
+        run = Run(Target(url), shape, plan)
         bar = asyncio.ensure_future(tick(run, name))
         running = asyncio.ensure_future(run.start())
         try:
