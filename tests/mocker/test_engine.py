@@ -76,6 +76,26 @@ async def test_one_step_serves_everybody() -> None:
     assert [sorted(order[at : at + 8]) for at in range(0, 32, 8)] == [list(range(8))] * 4
 
 
+@pytest.mark.parametrize(("speedup", "together"), [(FAST, True), (50.0, False)])
+async def test_steps_that_are_due_at_once_share_a_turn_of_the_loop(speedup: float, together: bool) -> None:
+    """But a first token does not wait for what comes after it, and steps that time separates stay apart."""
+    loop = asyncio.get_running_loop()
+    turn, turns = 0, []
+
+    def count() -> None:
+        nonlocal turn, handle
+        turn += 1
+        handle = loop.call_soon(count)
+
+    handle = loop.call_soon(count)
+    async for item in mocker(speedup).generate(request(max_tokens=20), Context()):
+        assert len(item.token_ids) == 1
+        turns.append(turn)
+    handle.cancel()
+    assert turns[0] < turns[1] and len(turns) == 20
+    assert (len(set(turns[1:])) == 1) == together and (together or len(set(turns)) == 20)
+
+
 async def test_a_slow_reader_gets_several_tokens_at_once() -> None:
     worker = mocker()
     items = worker.generate(request(max_tokens=50), Context())
