@@ -37,9 +37,11 @@ class Storyteller:
         Empty if the answer is complete, which happens with ``may_end`` only.
         """
         length = len(tokens)
+        start = max(0, length - self._longest + 1)
+        firsts = self._firsts
         # In the middle of a sentence? The one that began first counts, so that appending its next tokens changes nothing.
-        for begin in range(max(0, length - self._longest + 1), length):
-            if tokens[begin] in self._firsts:
+        for begin, token in enumerate(tokens[start:], start):
+            if token in firsts:
                 sentence = self._sentences[self._dice(tokens, begin, seed) % len(self._sentences)]
                 done = length - begin
                 if done < len(sentence) and sentence[:done] == tokens[begin:]:

@@ -87,15 +87,15 @@ async def test_steps_that_are_due_at_once_share_a_turn_of_the_loop(speedup: floa
     turns: list[int] = []
 
     def count() -> None:
-        nonlocal turn, handle
+        nonlocal turn
         turn += 1
-        handle = loop.call_soon(count)
+        handles[:] = [loop.call_soon(count)]
 
-    handle = loop.call_soon(count)
+    handles = [loop.call_soon(count)]
     async for item in mocker(speedup).generate(request(max_tokens=tokens), Context()):
         assert len(item.token_ids) == 1
         turns.append(turn)
-    handle.cancel()
+    handles[0].cancel()
     assert len(turns) == tokens and turns[0] < turns[1]
     assert len(set(turns[1:])) == (1 if speedup == FAST else tokens - 1)
 
