@@ -552,6 +552,82 @@ class SystemConfig(_Part):
     )
 
 
+ROUTER_MODES = ("round-robin", "random", "p2c", "least-loaded", "kv")
+
+
+@dataclass(frozen=True, repr=False)
+class RouterConfig(_Part):
+    """How a frontend chooses a worker. What says kv has no effect in the other modes."""
+
+    mode: str = setting("round-robin", "DYN_ROUTER_MODE", Choice(*ROUTER_MODES), "how workers are chosen")
+    kv_events: bool = setting(True, "DYN_ROUTER_USE_KV_EVENTS", Flag(), "kv: follow the workers' events; off: guess their caches")
+    kv_overlap_score_weight: float = setting(
+        1.0, "DYN_KV_OVERLAP_SCORE_WEIGHT", Number(float, 0, 1e6), "kv: weight of prompt blocks that are not cached"
+    )
+    temperature: float = setting(0.0, "DYN_ROUTER_TEMPERATURE", Number(float, 0, 1e6), "kv: 0 takes the best worker")
+    replica_sync: bool = setting(False, "DYN_ROUTER_REPLICA_SYNC", Flag(), "kv: share the active load between routers")
+    reset_states: bool = setting(False, "DYN_ROUTER_RESET_STATES", Flag(), "kv: start without a snapshot")
+    kv_cache_block_size: int | None = setting(
+        None,
+        "DYN_KV_CACHE_BLOCK_SIZE",
+        Optional_(_count(1, 1 << 20), "auto"),
+        "kv: tokens per block",
+        unit="tokens",
+        default_text="what the model's card says",
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class FrontendConfig(_Part):
+    """The OpenAI-compatible frontend."""
+
+    host: str | None = setting(
+        None,
+        "DYN_HTTP_HOST",
+        Optional_(Host(wildcard=True), "auto"),
+        "address to bind",
+        default_text="127.0.0.1 with file or mem discovery, otherwise 0.0.0.0",
+    )
+    server: str = setting("granian", "DYNWIRE_FRONTEND_SERVER", Choice("granian", "uvicorn"), "HTTP server")
+    namespace: str | None = setting(None, "DYN_NAMESPACE", Optional_(Text()), "serve models of this namespace only")
+    migration_limit: int = setting(
+        0, "DYN_MIGRATION_LIMIT", _count(0, 1000), "times that an answer may move to another worker when its worker is lost"
+    )
+    max_in_flight: int = setting(
+        4096, "DYNWIRE_FRONTEND_MAX_IN_FLIGHT", _count(1, 1_000_000), "requests at once; one more is answered with 429"
+    )
+    busy_threshold: float | None = setting(
+        None,
+        "DYN_BUSY_THRESHOLD",
+        Optional_(Number(float, 0.001, 1000), "off", "none"),
+        "requests in flight per sequence that a model's workers can run; at this load requests are answered with 503",
+        default_text="off",
+    )
+    retry_after: float = setting(
+        1.0, "DYNWIRE_FRONTEND_RETRY_AFTER", _seconds(), "what refused clients are told to wait", unit="s"
+    )
+    body_limit_mb: float = setting(
+        16.0, "DYN_HTTP_BODY_LIMIT_MB", Number(float, 0.001, 4096, "megabytes"), "largest request", unit="MiB"
+    )
+    request_timeout: float | None = setting(
+        None, "DYNWIRE_FRONTEND_REQUEST_TIMEOUT", Optional_(_seconds(), "none", "off"), "total time of an answer", unit="s"
+    )
+    grace: float = setting(
+        30.0, "DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", _seconds(0), "how long a shutdown waits for answers", unit="s"
+    )
+    api_keys: str | None = setting(
+        None,
+        "DYNWIRE_API_KEYS",
+        Optional_(Text()),
+        "keys of clients, separated by commas",
+        secret=True,
+        default_text="none: open",
+    )
+    api_key_file: str | None = setting(
+        None, "DYNWIRE_API_KEY_FILE", Optional_(Text("a path", r"[^\0]+")), "file with one key per line"
+    )
+
+
 @dataclass(frozen=True, repr=False)
 class Config(_Part):
     """All settings. `load_config` fills one from all sources; ``Config()`` has the defaults and reads nothing."""
@@ -591,6 +667,8 @@ class Config(_Part):
     events: EventsConfig = field(default_factory=EventsConfig)
     discovery: DiscoveryConfig = field(default_factory=DiscoveryConfig)
     system: SystemConfig = field(default_factory=SystemConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    frontend: FrontendConfig = field(default_factory=FrontendConfig)
 
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """dotted name -> ``default``, ``env DYN_X``, ``file /path.toml``, ``keyword`` or ``command line``"""
@@ -733,6 +811,19 @@ def load_config(
     config = Config(**top, **parts, origins=origins)
     _check_together(config)
     return config
+
+
+def child_environment(config: Config, variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment for a process that is to have the same settings: ours, with what keywords and the command line said.
+
+    ``variables`` come on top.
+    """
+    found = dict(os.environ)
+    for s in _SETTINGS.values():
+        value = config.get(s.name)
+        if config.origins.get(s.name) in ("keyword", "command line") and value is not None:
+            found[s.env] = ",".join(value) if isinstance(value, tuple) else str(value)
+    return {**found, **(variables or {})}
 
 
 def _parse(s: Setting, raw: object, origin: str) -> Any:
@@ -956,9 +1047,11 @@ __all__ = [
     "Config",
     "DiscoveryConfig",
     "EventsConfig",
+    "FrontendConfig",
     "HttpConfig",
     "NatsAuth",
     "NatsConfig",
+    "RouterConfig",
     "Row",
     "Setting",
     "SystemConfig",

@@ -118,7 +118,7 @@ class LoopRuntime:
             self._server = self.plane.server(self.config)
         return self._server
 
-    async def watch(self, path: str, callback: Callable[[tuple[Instance, ...]], object]) -> Watch:
+    async def watch(self, path: str | None, callback: Callable[[tuple[Instance, ...]], object]) -> Watch:
         """Call ``callback`` with the instances of ``path``, before this returns and whenever they change."""
         discovery = await self.discovery()
         callback(await discovery.list(path))
@@ -223,9 +223,31 @@ class LoopRuntime:
 class Route:
     """The instances of one endpoint as one client sees them. Any thread, apart from ``watch``, which is its loop's."""
 
-    __slots__ = ("_aside", "_foreign", "_listeners", "_lock", "_ring", "here", "loop", "path", "plane", "table", "turn", "watch")
+    __slots__ = (
+        "_accepts",
+        "_aside",
+        "_foreign",
+        "_listeners",
+        "_lock",
+        "_ring",
+        "here",
+        "loop",
+        "path",
+        "plane",
+        "table",
+        "turn",
+        "watch",
+    )
 
-    def __init__(self, path: str, router: str, plane: str, make_channel: Callable[[Instance], Any]) -> None:
+    def __init__(
+        self,
+        path: str,
+        router: str,
+        plane: str,
+        make_channel: Callable[[Instance], Any],
+        accepts: Callable[[Instance], bool] | None = None,
+    ) -> None:
+        self._accepts = accepts
         self.path = path
         self.plane = plane
         self.table = InstanceTable(path, router, make_channel)
@@ -243,6 +265,8 @@ class Route:
 
     def update(self, instances: tuple[Instance, ...]) -> None:
         """Take over what discovery says. Instances on another plane are only remembered, for the error that names them."""
+        if self._accepts is not None:
+            instances = tuple(filter(self._accepts, instances))
         self.table.update([i for i in instances if i.plane == self.plane])
         self._foreign = tuple(i for i in instances if i.plane != self.plane)
         self._settle()

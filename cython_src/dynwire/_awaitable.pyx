@@ -847,6 +847,11 @@ cdef class ItemStream:
         """Items handed out so far."""
         return self.reader.delivered
 
+    @property
+    def ready(self):
+        """True if `__anext__` has something to return or to raise at once."""
+        return self.reader.head < len(self.reader.items) or self.reader.finished
+
     def __aiter__(self):
         return self
 

@@ -110,8 +110,9 @@ class KvAsyncClient(AsyncClient):
         migration_limit: int,
         resume: Resume | None,
         settings: KvRouterSettings | None = None,
+        accepts: Callable[[Instance], bool] | None = None,
     ) -> None:
-        super().__init__(manager, path, "kv", codec, migration_limit, resume)
+        super().__init__(manager, path, "kv", codec, migration_limit, resume, accepts)
         namespace, component, _ = path.split(".")
         self.kv = KvRouter(manager, namespace, component, settings)
         """the router: its index, load and statistics"""

@@ -31,6 +31,7 @@ def summary(tally: Tally) -> dict[str, Any]:
     elapsed = tally.elapsed or 1e-9
     return {
         "seconds": tally.elapsed,
+        "generator_cpu_seconds": tally.cpu,
         "interrupted": tally.interrupted,
         "requests": {"sent": tally.sent, "done": tally.done, "failed": tally.failed, "connections": tally.connections},
         "requests_per_s": tally.done / elapsed,

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config import Config, load_config
 from ..errors import ConfigError
@@ -19,6 +20,9 @@ from ..workers.protocol import EngineRequest
 from . import TINY_MODEL
 from .scheduler import EngineConfig
 from .timing import Timing
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
 
 DEFAULT_ENDPOINT = "dynwire.backend.generate"
 METRICS_ENDPOINT = "engine_metrics"
@@ -158,7 +162,7 @@ def _on_free_ports(config: Config) -> Config:
     return replace(config, tcp=replace(config.tcp, port=0), http=replace(config.http, port=0))
 
 
-def _tokenizer(directory: Path) -> object:
+def _tokenizer(directory: Path) -> Tokenizer:
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
