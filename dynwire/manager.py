@@ -215,6 +215,16 @@ class AsyncNetworkManager(_Manager):
         discovery = await runtime.discovery()
         return await discovery.list(None if path is None else str(_parsed(path)))
 
+    async def watch_instances(
+        self, callback: Callable[[tuple[Instance, ...]], object], path: str | EndpointId | None = None
+    ) -> Watch:
+        """Call ``callback`` with the instances of one endpoint, or with all, before this returns and whenever they change.
+
+        On the running loop, until the returned watch is cancelled (``cancel()``) or the manager closes.
+        """
+        runtime = await self._runtime()
+        return await runtime.watch(None if path is None else str(_parsed(path)), callback)
+
     async def close(self, grace: float = 0.0) -> None:
         """Drain all services for up to ``grace`` seconds, end the calls in flight with `ManagerClosed`, close everything.
 

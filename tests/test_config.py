@@ -18,6 +18,7 @@ from dynwire.config import (
     Config,
     TcpConfig,
     advertised_host,
+    child_environment,
     describe,
     detect_host,
     is_wildcard,
@@ -447,3 +448,14 @@ def test_import_reads_no_environment() -> None:
         [sys.executable, "-c", code], env={**os.environ, "DYN_TCP_RPC_PORT": "bad"}, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "77"
+
+
+def test_a_child_process_gets_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYN_TCP_POOL_SIZE", "3")
+    monkeypatch.setenv("UNRELATED", "x")
+    config = load_config({"nats_servers": ["nats://a:1", "nats://b:2"]}, cli={"request_plane": "http", "http.port": 0})
+    found = child_environment(config, {"DYN_TCP_RPC_PORT": "7", "DYN_HTTP_RPC_PORT": "9"})
+    assert found["UNRELATED"] == "x" and found["DYN_TCP_RPC_PORT"] == "7"
+    there = load_config(environ={name: value for name, value in found.items() if name.startswith(("DYN", "NATS"))})
+    assert (there.tcp.pool_size, there.nats.servers, there.request_plane) == (3, ("nats://a:1", "nats://b:2"), "http")
+    assert there.http.port == 9 and there.tcp.connect_timeout == config.tcp.connect_timeout

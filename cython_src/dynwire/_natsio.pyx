@@ -6,7 +6,7 @@ and handlers begin in the read callback, and what they publish leaves together a
 
 import weakref
 
-from ._link cimport S_WRITTEN
+from ._link cimport S_WRITTEN, calls_follow
 from ._natsproto cimport PORT_CLOSED, PORT_UP, MessagePort, MessageSink
 from ._natswire cimport NatsPeer, NatsTarget, NatsWire, header_lines
 
@@ -234,7 +234,7 @@ cdef class NatsClientLink(NatsLink):
         call.channel = channel
         channel.in_flight += 1
         if not self.in_dispatch:
-            if self.live == 1 and self.port.state == PORT_UP:
+            if self.live == 1 and not calls_follow() and self.port.state == PORT_UP:
                 self.port.flush()  # nothing else is in flight, so there is nothing to wait for
             if self.next_wakeup() < self.armed_at:
                 self.set_timer()

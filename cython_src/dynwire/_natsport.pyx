@@ -17,6 +17,7 @@ cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint64_t
+from libc.string cimport memchr, memcmp
 
 from ._bytes cimport dw_chunk
 from ._natsproto cimport (
@@ -128,9 +129,10 @@ cdef class PortSocket:
         self.flush_at = EARLY_FLUSH
         try:
             self.parser.advance(n)
-        except ProtocolError as error:
+        except (ProtocolError, MemoryError) as error:
             self.failed(error)
-        self.dispatched()
+        finally:  # also when Ctrl-C comes in a sink
+            self.dispatched()
 
     cdef int dispatched(self) except -1:
         """The messages of one read have been delivered: write what they caused."""
@@ -156,12 +158,14 @@ cdef class PortSocket:
             self.flush_at = EARLY_FLUSH
             try:
                 self.parser.parse()
-            except ProtocolError as error:
+            except (ProtocolError, MemoryError) as error:
                 self.failed(error)
-            self.dispatched()
+            finally:
+                self.dispatched()
 
     def eof_received(self):
         self.eof = True
+        self.fd = -1  # the transport may close it before connection_lost(), and the number may belong to somebody else then
         self.wake_reader()
         return None  # the transport closes itself
 
@@ -212,6 +216,7 @@ cdef class PortSocket:
             self.error = error
         self.parser.stopped = True
         self.eof = True
+        self.fd = -1
         if self.transport is not None:
             self.transport.abort()
         return self.wake_reader()
@@ -666,6 +671,13 @@ cdef class FastPort(PortBase):
 cdef dict headers_dict(const unsigned char *headers, size_t n):
     """What nats-py wants headers as. Of a name that stands there twice the last one stays: nats-py knows one value per name."""
     cdef dict out = {}
+    cdef const unsigned char *value_
+    cdef size_t value_n
+    if n > 17 and memcmp(headers, b"NATS/1.0\r\nD: ", 13) == 0:
+        value_ = headers + 13
+        value_n = n - 17
+        if memchr(value_, c"\r", value_n) is NULL and memcmp(value_ + value_n, b"\r\n\r\n", 4) == 0:
+            return {"D": value_[:value_n].decode("utf-8", "replace")}  # the usual message of a stream
     for line in headers[:n].split(b"\r\n")[1:]:
         name, colon, value = line.partition(b":")
         if colon:
@@ -675,6 +687,8 @@ cdef dict headers_dict(const unsigned char *headers, size_t n):
 
 cdef bytes headers_block(object headers):
     """The block that nats-py has taken apart, as near as it can be known."""
+    if len(headers) == 1 and (value := headers.get("D")) is not None:
+        return f"NATS/1.0\r\nD: {value}\r\n\r\n".encode("utf-8", "replace")
     status = headers.get("Status")
     # nats-py 2.16 takes the first header for the description where there is none: it then begins with a line feed
     description = (headers.get("Description") or "").partition("\n")[0].strip()

@@ -539,6 +539,21 @@ class NatsConnection:
             logger.warning("%s", error)
         self.port.refused(error)
 
+    def denied(self, operation: str, subject: str) -> PermissionDenied | None:
+        """The error for an operation (``publish`` or ``subscribe``) that the server has refused before; None if it has not.
+
+        The server says so at some time after the operation. For those who wait for an answer that cannot come.
+        """
+        verb, key = ("publish", "publish") if operation == "publish" else ("subscribe", "subscription")
+        if f"{key} {subject.lower()}" not in self._denied:
+            return None
+        return PermissionDenied(
+            f"the NATS server {self.url} does not allow this user to {verb} to {subject!r}",
+            phase="send" if operation == "publish" else "subscribe",
+            peer=self.url,
+            details={"operation": operation, "subject": subject},
+        )
+
     def _tell(self, state: int, error: BaseException | None) -> None:
         self._wake()
         for callback in list(self._callbacks):
