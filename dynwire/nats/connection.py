@@ -291,10 +291,12 @@ class NatsConnection:
         if self._references > 0 or self._closing:
             return
         self._forget()
-        if self.up:
-            with contextlib.suppress(*_nats_errors()):
-                await self._flush(FLUSH_S)
-        await self._close()
+        try:
+            if self.up:
+                with contextlib.suppress(*_nats_errors()):
+                    await self._flush(FLUSH_S)
+        finally:
+            await self._close()
 
     async def _close(self) -> None:
         self.port.close_for_good()
@@ -318,9 +320,7 @@ class NatsConnection:
     def _options(self) -> dict[str, Any]:
         config = self.config
         options: dict[str, Any] = {
-            "servers": list(
-                config.servers if self._credentials.kind != "url" or not self._credentials.options else _bare(config)
-            ),
+            "servers": _bare(config) if self._credentials.kind == "url" and self._credentials.options else list(config.servers),
             "name": self._name,
             "error_cb": self._on_error,
             "disconnected_cb": self._on_disconnected,
@@ -440,6 +440,13 @@ class NatsConnection:
             return
         if self._closing:
             return
+        if self.client.is_connected and not isinstance(error, OSError):
+            if not isinstance(error, _nats_errors()):
+                logger.error("a callback of a NATS subscription has failed", exc_info=error)
+                return
+            if type(error).__name__ == "SlowConsumerError":
+                logger.warning("nats-py dropped a message, because its subscriber does not keep up: %s", error)
+                return
         self._last_error = error
         self._failures += 1
         if not self.port.fast and not self.client.is_connected:
@@ -526,8 +533,8 @@ class NatsConnection:
 
     def _tell(self, state: int, error: BaseException | None) -> None:
         self._wake()
-        for callback in list(self._callbacks):
-            callback(state, error)
+        for callback in self._callbacks:
+            self._loop.call_soon(callback, state, error)  # not in nats-py's task, which an exception would end
 
     def _wake(self) -> None:
         waiters, self._waiters = self._waiters, []
@@ -558,7 +565,7 @@ class NatsConnection:
         return min(self.port.max_payload, PLANE_MAX_PAYLOAD)
 
     def on_state(self, callback: StateCallback) -> Callable[[], None]:
-        """Call ``callback(state, error)`` on every change (`_natsproto.UP`, DOWN, CLOSED). Returns what ends it."""
+        """Call ``callback(state, error)`` from the loop on every change (`_natsproto.UP`, DOWN, CLOSED). Returns what ends it."""
         self._callbacks.append(callback)
 
         def remove() -> None:
