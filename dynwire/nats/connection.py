@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -99,12 +100,31 @@ class _Asked:
         self.denied = False
 
 
+@functools.cache
 def _import_client() -> type[Client]:
     try:
         from nats.aio.client import Client
+        from nats.errors import Error
     except ImportError as error:
         raise ConfigError(INSTALL, name="nats", allowed="pip install 'dynwire[nats]'") from error
-    return Client
+
+    class LastingClient(Client):
+        """Connects anew where nats-py closes for good: after any error of the server but a refused permission.
+
+        Users are revoked and connections limited by people, who also take it back. In a version of nats-py without these
+        methods nothing is overridden, and the connection ends.
+        """
+
+        async def _process_err(self, err_msg: str) -> None:
+            text = err_msg.strip("'")
+            if "permissions violation" in text:
+                await super()._process_err(err_msg)
+                return
+            error = Error(f"nats: {text}")
+            await self._error_cb(error)
+            await self._process_op_err(error)
+
+    return LastingClient
 
 
 def _credentials(config: NatsConfig) -> _Credentials:
@@ -494,7 +514,7 @@ class NatsConnection:
             logger.info("connected to NATS at %s again", self._url)
 
     async def _on_closed(self) -> None:
-        if not self._closing:  # nats-py gave up, which only its plain form does
+        if not self._closing:  # nats-py gave up, which another version of it may do
             self._forget()
             error = self._translated()
             logger.error("nats-py has closed the connection to NATS at %s: %s", self.servers, error)
