@@ -653,19 +653,13 @@ cdef class FastPort(PortBase):
         await self.client._process_info(info)
 
     async def server_error(self, text):
-        """-ERR. nats-py closes for good on most of them; here the connection is made anew, as often as it takes."""
-        from nats.errors import Error
-
+        """-ERR."""
         words = text.decode(errors="replace").strip("'")
         denied = DENIED.search(words)
         if denied is not None and self.on_denied is not None:
             self.on_denied(denied[1].lower(), denied[2])
-        elif "permissions violation" in words.lower():
-            await self.client._process_err(words.lower())
         elif not self.client.is_reconnecting:
-            error = Error(f"nats: {words}")
-            await self.client._error_cb(error)
-            await self.client._process_op_err(error)
+            await self.client._process_err(words.lower())
 
 
 cdef dict headers_dict(const unsigned char *headers, size_t n):

@@ -282,18 +282,27 @@ async def test_credentials_of_the_url_are_for_the_whole_cluster(port: str) -> No
             await works(connection)
 
 
-async def test_credentials_taken_away_and_given_back(port: str) -> None:
+@pytest.mark.parametrize("how", ["restart", "reload"])
+async def test_credentials_taken_away_and_given_back(port: str, how: str) -> None:
+    """nats-py closes for good when a server tells it that its user was revoked."""
+
+    def change(password: str) -> None:
+        server._password = password
+        if how == "restart":
+            server.restart()
+        else:
+            Path(server.directory, "server.conf").write_text(server._render())
+            server.reload()
+
     with NatsServer(username="u", password="a") as server:
         async with connected(server.url, port=port, username="u", password="a") as connection:
             states: list[tuple[int, BaseException | None]] = []
             connection.on_state(lambda *change: states.append(change))
-            server._password = "b"
-            await asyncio.to_thread(server.restart)
+            await asyncio.to_thread(change, "b")
             await eventually(lambda: not connection.up)
             with pytest.raises(Unauthenticated):
                 await connection.wait_up(0.5)
-            server._password = "a"
-            await asyncio.to_thread(server.restart)
+            await asyncio.to_thread(change, "a")
             await connection.wait_up(WAIT_S)
             await works(connection)
             assert [state for state, _ in states] == [DOWN, UP]

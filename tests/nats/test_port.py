@@ -477,6 +477,41 @@ async def test_max_payload_may_change_while_it_runs(port: str) -> None:
             subscription.unsubscribe()
 
 
+async def test_what_fails_in_a_callback_of_nats_py_is_logged(
+    large_server: NatsServer, port: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with connected(large_server.url, port=port) as connection:
+        inbox = Inbox()
+        subscription = await connection.subscribe("fails", inbox.sink)
+
+        async def take(message: Any) -> None:
+            raise LookupError("mine")
+
+        await connection.client.subscribe("fails", cb=take)
+        connection.on_state(lambda state, error: None)
+        await connection.client.publish("fails", b"")
+        await inbox.count(1)
+        await eventually(lambda: "LookupError: mine" in caplog.text)
+        assert connection.up
+        subscription.unsubscribe()
+
+
+async def test_an_observer_that_raises_harms_nobody(port: str) -> None:
+    reported: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
+    with NatsServer() as server:
+        async with connected(server.url, port=port) as connection:
+
+            def fail(state: int, error: BaseException | None) -> None:
+                raise LookupError(f"state {state}")
+
+            connection.on_state(fail)
+            await asyncio.to_thread(server.restart)
+            await eventually(lambda: len(reported) == 2)
+            assert [str(context["exception"]) for context in reported] == [f"state {DOWN}", f"state {UP}"]
+            assert connection.up
+
+
 async def test_release_leaves_nothing_behind(large_server: NatsServer, port: str) -> None:
     """What was published has reached the server when release() returns, also through nats-py itself."""
     async with connected(large_server.url, port="fast", ping_interval=9.0) as reader:
