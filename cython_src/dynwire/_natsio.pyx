@@ -204,7 +204,7 @@ cdef class NatsClientLink(NatsLink):
         return 0
 
     def ask_peer(self, NatsPeer peer not None):
-        """A future that gets None when the worker has answered, or a `ConnectError` when it is not there. Ask again after a while."""
+        """A future that gets None when the worker has answered, or a `ConnectError` when it is not there."""
         future = self.loop.create_future()
         peer.waiters = [waiter for waiter in peer.waiters if not waiter.done()]
         peer.waiters.append(future)
@@ -220,7 +220,10 @@ cdef class NatsClientLink(NatsLink):
         if details.get("operation") != "publish":
             return 0
         for stream in list(self.slots):
-            if stream is not None and stream.conn is self and (<NatsTarget>stream.under).subject.decode() == details.get("subject"):
+            if stream is None or stream.conn is not self:
+                continue
+            # nats-py's errors are in lower case
+            if (<NatsTarget>stream.under).subject.decode().lower() == str(details.get("subject")).lower():
                 stream.state &= ~S_WRITTEN
                 self.lose(stream, error)
         return 0

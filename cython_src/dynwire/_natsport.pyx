@@ -13,6 +13,7 @@ import json
 import logging
 import re
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint64_t
@@ -445,6 +446,15 @@ cdef class FastPort(PortBase):
         if self.socket is not None and not self.socket.lost:
             self.socket.failed(ConnectionAbortedError("given up"))
 
+    async def settle(self):
+        """Let a PING that follows be behind all that was told to nats-py: it writes PING at once, and the rest in a task."""
+        cdef PortSocket socket = self.socket
+        client = self.client
+        if client._pending_data_size > 0 and client.is_connected and socket is not None and not socket.handshake:
+            pending, client._pending = client._pending, []
+            client._pending_data_size = 0
+            self.writelines(pending)
+
     async def finished(self):
         """Wait until nothing of it is on the loop any more."""
         if self.socket is not None:
@@ -733,6 +743,7 @@ cdef class PlainPort(PortBase):
         while True:
             while self.queue:
                 item = self.queue.popleft()
+                self.busy = True
                 try:
                     if type(item) is tuple:
                         self.queued_bytes -= len(item[1]) + QUEUE_OVERHEAD
@@ -743,6 +754,7 @@ cdef class PlainPort(PortBase):
                     logger.debug("nats-py did not take something: %r", error)
                 if self.congested and self.queued_bytes < WRITABLE_BYTES:
                     self.now_writable()
+            self.busy = False
             self.work = self.loop.create_future()
             await self.work
 
@@ -841,6 +853,13 @@ cdef class PlainPort(PortBase):
         if writer is not None:
             writer.transport.abort()
 
+    async def settle(self):
+        """Wait until nats-py has everything and has written it: it writes PING at once, and the rest in a task."""
+        turns = 0
+        while self.client.is_connected and (self.queue or self.busy or self.client.pending_data_size):
+            turns += 1
+            await asyncio.sleep(0 if turns < 20 else 0.005)
+
     async def finished(self):
         """Wait until nothing of it is on the loop any more."""
         if self.watch_handle is not None:
@@ -860,18 +879,21 @@ def taker(port, number):
     return take
 
 
-class PortSubscription:
+@cython.final
+cdef class PortSubscription:
     """One subscription of a sink."""
 
-    __slots__ = ("_port", "_sid", "_subscription")
+    cdef object port
+    cdef uint64_t sid
+    cdef object subscription           # nats-py's
 
     def __init__(self, port, sid, subscription):
-        self._port = port
-        self._sid = sid
-        self._subscription = subscription
+        self.port = port
+        self.sid = sid
+        self.subscription = subscription
 
     def unsubscribe(self):
         """No message of it is delivered any more; a batch that has begun is still ended. May be called twice."""
-        port, self._port = self._port, None
+        port, self.port = self.port, None
         if port is not None:
-            port.drop(self._sid, self._subscription)
+            port.drop(self.sid, self.subscription)

@@ -260,7 +260,6 @@ cdef class NatsPeer:
         self.asked = INFINITY
         self.lines = []
 
-
     @property
     def leaving(self):
         """True when it has said that it takes no more requests."""
@@ -1097,7 +1096,6 @@ cdef class NatsWire(Link):
 
     cdef int put_cancel(self, StreamBase stream, int kind) except -1:
         cdef NatsPeer peer = (<NatsTarget>stream.under).peer
-        cdef bytes inbox
         if peer.control is None or not stream.state & S_WRITTEN:
             return 0
         return self.put_bytes(peer.control, None, _HEAD_C2 if kind == 2 else _HEAD_C1, self.inbox_of(stream))

@@ -33,9 +33,7 @@ class AsyncNatsClient(AsyncRequestPlaneClient):
         self._options = request_options(config)
         connection_id = os.urandom(8)
         inbox = f"{config.nats.inbox_prefix}.{connection_id.hex()}."
-        self.link = NatsClientLink(
-            inbox.encode(), self._loop, self._options, connection_id=connection_id, **wire_limits(config)
-        )
+        self.link = NatsClientLink(inbox.encode(), self._loop, self._options, connection_id=connection_id, **wire_limits(config))
         self._peers: weakref.WeakValueDictionary[str, NatsPeer] = weakref.WeakValueDictionary()
         self.link.peers = self._peers
         self._connection: NatsConnection | None = None
@@ -70,8 +68,9 @@ class AsyncNatsClient(AsyncRequestPlaneClient):
             # asked again after a while: a message may be lost
             await asyncio.wait((asked,), timeout=min(left, ASK_AGAIN_S))
             if asked.done():
-                if asked.result() is not None:
-                    raise asked.result()
+                error = asked.result()
+                if error is not None:
+                    raise error
                 return
             if self._closed:
                 raise ManagerClosed("the client is closed")
