@@ -53,6 +53,8 @@ cdef class AsyncConnection(Machine):
         cdef int places
         cdef ssize_t n
         cdef int total = 0
+        cdef double began = 0.0
+        cdef double before, after
         if self.dead:
             return 0
         self.in_dispatch = True

@@ -1368,6 +1368,8 @@ cdef class NativeEngine(Http2Engine):
 
     cdef bint room(self, Http2Stream s):
         cdef size_t limit = STREAM_BACKLOG if self.queued_total < QUEUED_TOTAL else CUT_SHARED
+        if self.dead:
+            return False  # what is sent goes nowhere, so a producer would never have to stop
         if s.queued <= limit and self.backlog() <= CONNECTION_BACKLOG:
             return True
         if s.state != ST_CLOSED and not s.bits & SB_WANTS_ROOM:
@@ -1497,7 +1499,7 @@ cdef class NativeEngine(Http2Engine):
                 self.ref_i += 1
                 if self.ref_i == self.ref_n:
                     self.ref_pieces.clear()
-        if self.roomless:
+        if self.roomless and not self.dead:
             self._tell_room()
         return 0
 

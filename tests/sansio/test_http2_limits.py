@@ -324,6 +324,21 @@ def test_nothing_is_kept_of_a_connection_that_has_failed() -> None:
     assert conn.output() == b"" and conn.next_wakeup == float("inf") and conn.on_time(1e9) == []
 
 
+def test_there_is_no_room_after_a_failure() -> None:
+    """Or a handler that produces without end would go on for ever: nothing that it sends fills anything."""
+    conn = h.server((f.INITIAL_WINDOW_SIZE, 1 << 20))
+    for sid in (1, 3):
+        conn.receive(f.headers(sid, h.GET_BLOCK, end=True))
+        conn.send_headers(sid, h.OK)
+    while conn.room(1):
+        conn.send_data(1, bytes(60_000))
+    assert conn.room(3)
+    assert conn.receive(f.data(0))[-1][0] == "error"
+    assert not conn.room(3)
+    conn.output()
+    assert not conn.room(1) and ("room", 1) not in conn.events_now()
+
+
 def test_streams_leave_nothing_behind() -> None:
     """100,000 requests on one connection, every tenth reset: what is remembered of them is bounded."""
     conn = h.server(resets=1 << 30)
