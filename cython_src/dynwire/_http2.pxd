@@ -100,10 +100,9 @@ cdef class Http2Engine:
     cdef readonly uint32_t continuation_frames
     cdef readonly uint32_t settings_entries
     cdef readonly uint32_t control_backlog
-    cdef readonly int64_t tiny_data
     cdef readonly double handshake_s
     cdef readonly double stall_s
-    cdef dw_bucket resets                # streams reset by the peer, or by us because of what the peer did
+    cdef dw_bucket resets                # streams reset by the peer early, or by us because of what the peer did
     cdef dw_bucket glitches              # what costs us little but has no use
     cdef dw_bucket empty                 # DATA frames with nothing in them
     cdef dict streams                    # open streams by id
@@ -168,7 +167,6 @@ cdef class NativeEngine(Http2Engine):
     cdef int64_t recv_window     # connection: what the peer may still send
     cdef int64_t unannounced
     cdef int64_t unread          # body bytes at the owner
-    cdef int64_t tiny_spent
     cdef int64_t credit          # control frames that are free of charge because of what we have sent
     cdef uint64_t granted, flow_received
     cdef list valid_request      # the last header block that passed, see _check_request

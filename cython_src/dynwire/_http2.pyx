@@ -139,7 +139,7 @@ cdef class Http2Engine:
     def __init__(self, Http2Owner owner not None, bint is_client, *, max_frame_size=1048576, max_concurrent_streams=1000,
                  stream_window=1048576, connection_window=4194304, max_header_list=65536, max_header_fields=100,
                  continuation_frames=8, settings_entries=32, control_backlog=1000, empty_data=100, resets=1000, glitches=10000,
-                 tiny_data=67108864, double handshake_s=10.0, double stall_s=30.0):
+                 double handshake_s=10.0, double stall_s=30.0, double leniency=1.0):
         if not 16384 <= max_frame_size <= 16777215:
             raise ValueError(f"max_frame_size={max_frame_size}: RFC 9113 allows 16384 to 16777215")
         if not 0 < stream_window <= 0x7FFFFFFF:
@@ -157,7 +157,6 @@ cdef class Http2Engine:
         self.continuation_frames = continuation_frames
         self.settings_entries = settings_entries
         self.control_backlog = control_backlog
-        self.tiny_data = tiny_data
         self.handshake_s = handshake_s
         self.stall_s = stall_s
         self.streams = {}

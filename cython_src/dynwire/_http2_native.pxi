@@ -480,14 +480,8 @@ cdef class NativeEngine(Http2Engine):
             self._stream_error(sid, s, E_FLOW_CONTROL if length and length > s.recv_window else E_PROTOCOL)
             return 0
         s.recv_window -= length
-        if size < TINY and not end:
-            if size == 0:
-                if not dw_bucket_take(&self.empty, self.now, 1.0):
-                    self.fail(E_CALM, "too_many_data_frames")
-            else:
-                self.tiny_spent += TINY - size
-                if self.tiny_spent > self.tiny_data:
-                    self.fail(E_CALM, "too_many_small_data_frames")
+        if size == 0 and not end and not dw_bucket_take(&self.empty, self.now, 1.0):
+            self.fail(E_CALM, "too_many_data_frames")
         if flags & F_PADDED:
             self._give_back(s, padding + 1)
         self.data_stream = s
@@ -545,13 +539,8 @@ cdef class NativeEngine(Http2Engine):
         return 0
 
     cdef int consumed(self, Http2Stream s, size_t n) except -1:
-        if <int64_t>n >= self.unread:
-            n = self.unread
-            self.unread = 0
-            self.tiny_spent = 0
-        else:
-            self.tiny_spent -= <int64_t>(<double>self.tiny_spent * n / self.unread)
-            self.unread -= n
+        n = min(n, <size_t>self.unread)
+        self.unread -= n
         return self._give_back(s, n)
 
     cdef int set_windows(self, uint32_t stream, uint64_t connection) except -1:

@@ -77,12 +77,6 @@ def repeated(*frames: bytes, first: bytes = b"") -> Attack:
     return attack
 
 
-def tiny_data() -> Iterator[bytes]:
-    yield f.headers(1, h.POST_BLOCK)
-    while True:
-        yield f.data(1, b"x")
-
-
 OPEN = f.headers(1, h.POST_BLOCK)
 ENDED = f.headers(1, h.POST_BLOCK) + f.rst_stream(1)
 
@@ -107,7 +101,6 @@ ATTACKS: dict[str, tuple[Attack, str, int, dict[str, int]]] = {
     "ping-acks": (repeated(f.ping(ack=True)), "too_many_pings", 10020, {}),
     "empty-data": (repeated(f.data(1), first=OPEN), "too_many_data_frames", 102, {}),
     "padding-only": (repeated(f.data(1, pad=20), first=OPEN), "too_many_data_frames", 102, {}),
-    "tiny-data": (tiny_data, "too_many_small_data_frames", 1010, {"tiny_data": 256 * 1000}),
     "priorities": (repeated(f.priority(5)), "too_many_priorities", 10020, {}),
     "window-updates": (repeated(f.window_update(0, 1)), "too_many_window_updates", 10020, {}),
     "window-updates-on-a-stream": (repeated(f.window_update(1, 1), first=OPEN), "too_many_window_updates", 10020, {}),
@@ -285,18 +278,40 @@ def test_100000_tiny_frames_that_are_read_slowly() -> None:
     assert sent == 100000
 
 
-def test_the_budget_of_tiny_frames_comes_back_by_reading() -> None:
-    conn = h.server(tiny_data=255 * 100)
+def test_three_answers_in_tokens_of_which_nothing_is_read() -> None:
+    """All of it fits the windows, so it may come; the engine keeps nothing of it."""
+    conn = h.client()
+    sids = [h.opened(conn, end=True) for _ in range(3)]
+    for sid in sids:
+        conn.receive(f.headers(sid, h.OK_BLOCK))
+    batches = [f.data(sid, b"\0\0\0\0\1x") * 1000 for sid in sids]
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(100):
+            for batch in batches:
+                assert conn.receive(batch)[-1][0] == "data"
+                conn.output()
+        memory = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert conn.ledger()["unread"] == 3 * 600_000
+    assert memory < 100_000
+    for sid in sids:
+        conn.consumed(sid, 600_000)
+        assert conn.receive(f.data(sid, b"x", end=True))[-1] == ("closed", sid)
+
+
+def test_tiny_frames_beyond_the_window() -> None:
+    """What bounds them: nothing is granted again before it is read."""
+    conn = h.server(stream_window=65535)
     conn.receive(f.headers(1, h.POST_BLOCK))
-    for _ in range(50):
-        conn.receive(f.data(1, b"x") * 90)
-        conn.consumed(1, 90)
-        assert not conn.dead
-    conn.receive(f.data(1, b"x") * 100)
-    conn.consumed(1, 50)
-    conn.receive(f.data(1, b"x") * 50)
-    assert not conn.dead
-    assert h.error(conn, f.data(1, b"x"))[1] == "too_many_small_data_frames"
+    for _ in range(65):
+        conn.receive(f.data(1, b"x") * 1000)
+    conn.receive(f.data(1, b"x") * 535)
+    assert h.frames(conn) == []
+    conn.receive(f.data(1, b"x"))
+    assert h.resets(conn) == [(1, f.FLOW_CONTROL_ERROR)]
 
 
 def test_window_updates_that_answer_our_data_are_free() -> None:
