@@ -59,7 +59,8 @@ cdef class Http2Stream:
     cdef int64_t unannounced     # bytes consumed and not yet granted again
     cdef int64_t expected        # content-length; -1: not given
     cdef int64_t arrived         # bytes of the body
-    cdef double progress         # when bytes of its queue were framed last
+    cdef double progress         # when bytes of its queue were framed last; before it had any: when it was opened
+    cdef uint32_t answered       # server: number of the read during or after which the response's head was sent, 0: not yet
     cdef list pieces             # queued bytes
     cdef list trailers           # header block that waits for the queued bytes
 
@@ -164,6 +165,7 @@ cdef class NativeEngine(Http2Engine):
     cdef uint32_t last_peer_id   # server: highest id that a request had
     cdef uint32_t goaway_last    # server: newer streams are ignored
     cdef Http2Stream hot         # the stream that was looked up last
+    cdef uint32_t reads          # calls of `received` that brought something
     cdef int64_t recv_window     # connection: what the peer may still send
     cdef int64_t unannounced
     cdef int64_t unread          # body bytes at the owner
@@ -228,6 +230,7 @@ cdef class NativeEngine(Http2Engine):
     cdef int _goaway(self, const unsigned char *p, uint32_t length) except -1
     cdef int _glitch(self, str text) except -1
     cdef int _charge(self, str text) except -1
+    cdef bint _rapid(self, Http2Stream s)
     cdef int _situation(self, uint32_t sid)
     cdef int _verdict(self, int situation, int kind, uint32_t sid, Http2Stream s) except -1
     cdef int _stream_error(self, uint32_t sid, Http2Stream s, uint32_t code) except -1

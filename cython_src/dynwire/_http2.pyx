@@ -132,8 +132,9 @@ cdef class Http2Engine:
     """One HTTP/2 connection without I/O. Abstract.
 
     Limits are keyword arguments; the consequences of each are those of HTTP2.md section 3. ``resets`` and ``glitches`` are
-    the bursts of two token buckets, of which 33 and 330 of 1,000 and 10,000 come back every second. ``handshake_s``: seconds to
-    the preface, and to the acknowledgement of SETTINGS; ``stall_s``: without progress of a queue.
+    the bursts of two token buckets, of which 33 and 330 of 1,000 and 10,000 come back every second; a connection begins with
+    the share ``leniency`` of them. ``handshake_s``: seconds to the preface, and to the acknowledgement of SETTINGS; ``stall_s``:
+    without progress of a queue.
     """
 
     def __init__(self, Http2Owner owner not None, bint is_client, *, max_frame_size=1048576, max_concurrent_streams=1000,
@@ -163,6 +164,8 @@ cdef class Http2Engine:
         dw_bucket_init(&self.resets, resets, resets * 0.033)
         dw_bucket_init(&self.glitches, glitches, glitches * 0.033)
         dw_bucket_init(&self.empty, empty_data, empty_data * 0.033)
+        self.resets.tokens *= leniency
+        self.glitches.tokens *= leniency
 
     cdef void recv_target(self, unsigned char **base, size_t *size):
         """Where the next bytes from the peer go, and how many at most. The memory is the engine's until `received`, to which

@@ -90,6 +90,7 @@ cdef class NativeEngine(Http2Engine):
         global _spares
         self.now = now
         if n:
+            self.reads += 1
             self.rx_bytes += n
             self.last_rx = now
             self.rend += n
@@ -221,7 +222,7 @@ cdef class NativeEngine(Http2Engine):
             s = self._find(sid)
             if self._verdict(<int>s.state if s is not None else self._situation(sid), I_RST, sid, s):
                 return 0
-            if not self.is_client:
+            if not self.is_client and self._rapid(s):
                 self._charge("too_many_resets")
             s.state = ST_CLOSED  # nothing that the owner does in the callback is sent any more
             self.owner.on_reset(s, dw_ld32be(p + FRAME_HEAD), True)
@@ -306,6 +307,11 @@ cdef class NativeEngine(Http2Engine):
         if not dw_bucket_take(&self.resets, self.now, 1.0):
             self.fail(E_CALM, text)
         return 0
+
+    cdef bint _rapid(self, Http2Stream s):
+        """(server) Whether the peer resets the stream before it can have seen a response, and soon: that is how more handlers are
+        started than MAX_CONCURRENT_STREAMS allows. A head that was sent during this very read has not been seen."""
+        return (s.answered == 0 or s.answered == self.reads) and self.now < s.progress + RAPID_S
 
     cdef Http2Stream _find(self, uint32_t sid):
         cdef PyObject *found
@@ -393,6 +399,7 @@ cdef class NativeEngine(Http2Engine):
         s.send_window = self.peer_initial
         s.recv_window = self.local_initial
         s.expected = -1
+        s.progress = self.now
         self.streams[sid] = s
         s.counted = True
         self.live += 1
@@ -1035,6 +1042,7 @@ cdef class NativeEngine(Http2Engine):
         cdef list pairs = []
         self.now = now
         self.started_at = now
+        self.resets.at = self.glitches.at = self.empty.at = now
         if self.is_client:
             memcpy(self._reserve(_PREFACE_SIZE), PyBytes_AS_STRING(_PREFACE), _PREFACE_SIZE)
             self.obuf.n += _PREFACE_SIZE
@@ -1142,6 +1150,7 @@ cdef class NativeEngine(Http2Engine):
                 end = True
             self._put_block(s.id, headers, end)
             s.bits |= SB_SENT_HEADERS
+            s.answered = self.reads
         self.owner.on_output()
         return self._local_end(s) if end else 0
 

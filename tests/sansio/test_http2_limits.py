@@ -184,6 +184,62 @@ def test_buckets_fill_again() -> None:
     assert events[-1] == ("error", f.ENHANCE_YOUR_CALM, "too_many_resets")
 
 
+def reset_all(conn: Http2Connection, first: int, count: int, now: float = 0.0) -> int:
+    """How many of these streams can be opened and reset at once before the connection ends."""
+    for number in range(count):
+        sid = first + 2 * number
+        conn.receive(f.headers(sid, h.GET_BLOCK, end=True) + f.rst_stream(sid), now)
+        conn.output()
+        if conn.dead:
+            return number
+    return count
+
+
+def test_giving_up_what_has_been_answered_is_free() -> None:
+    """A client that reads the beginning of its streams: more of them than any budget has."""
+    conn = h.server()
+    for sid in range(1, 10_001, 2):
+        conn.receive(f.headers(sid, h.GET_BLOCK, end=True))
+        conn.send_headers(sid, h.OK)
+        conn.send_data(sid, b"first item")
+        conn.output()
+        assert ("reset", sid, f.CANCEL, True) in conn.receive(f.rst_stream(sid))
+    assert reset_all(conn, 10_001, 2000) == 1000, "the budget is untouched, and there still is one"
+
+
+def test_a_reset_after_the_end_is_free() -> None:
+    conn = h.server()
+    for sid in range(1, 10_001, 2):
+        conn.receive(f.headers(sid, h.GET_BLOCK, end=True))
+        conn.send_headers(sid, h.OK, True)
+        conn.output()
+        assert ("reset", sid, f.CANCEL, True) not in conn.receive(f.rst_stream(sid))
+    assert reset_all(conn, 10_001, 2000) == 1000
+
+
+def test_giving_up_after_a_second_is_free() -> None:
+    """Deadlines of callers that a slow handler has not answered in time."""
+    conn = h.server()
+    now, sid = 0.0, 1
+    for _ in range(20):
+        sids = range(sid, sid + 1000, 2)
+        conn.receive(b"".join(f.headers(sid, h.GET_BLOCK, end=True) for sid in sids), now)
+        now += 1.0
+        conn.receive(b"".join(f.rst_stream(sid) for sid in sids), now)
+        sid += 1000
+    assert not conn.dead and conn.live == 0
+    assert reset_all(conn, sid, 2000, now) == 1000
+
+
+def test_less_to_begin_with() -> None:
+    """What a server does with peers from where it was abused; the budgets fill up at the usual rate."""
+    assert reset_all(h.server(leniency=1 / 16), 1, 2000) == 62
+    conn = Http2Connection("server", leniency=1 / 16)
+    conn.start(1000.0)
+    conn.receive(f.PREFACE + f.settings() + f.SETTINGS_ACK, 1000.0)
+    assert reset_all(conn, 1, 2000, 1010.0) == 62 + 330
+
+
 def test_a_handler_keeps_its_slot_until_it_has_stopped() -> None:
     conn = h.server(max_concurrent_streams=2, auto_release=False)
     for sid in (1, 3):
