@@ -61,8 +61,10 @@ class AsyncClient:
         codec: str,
         migration_limit: int,
         resume: Resume | None,
+        accepts: Callable[[Instance], bool] | None = None,
     ) -> None:
         _check_migration(migration_limit, resume)
+        self._accepts = accepts
         self.endpoint = path
         """``namespace.component.endpoint``"""
         self.router = router
@@ -313,7 +315,7 @@ class AsyncClient:
             return found
         self._check_open()
         runtime = await self._manager._runtime()
-        route = Route(self.endpoint, self.router, runtime.plane.name, runtime.client(self.codec).channel)
+        route = Route(self.endpoint, self.router, runtime.plane.name, runtime.client(self.codec).channel, self._accepts)
         route.loop = loop
         route.here = where()
         watch = await runtime.watch(self.endpoint, route.update)

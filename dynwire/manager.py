@@ -47,6 +47,23 @@ def _http() -> Plane:
     return Plane("http", http.AsyncHttpServer, http.AsyncHttpClient, lambda config, portal: http.HttpClient(config))
 
 
+def _nats() -> Plane:
+    try:
+        import nats.aio.client  # noqa: F401
+    except ImportError as error:
+        text = "the nats plane needs nats-py: pip install 'dynwire[nats]'"
+        raise ConfigError(text, name="DYN_REQUEST_PLANE", value="nats", allowed="tcp, or nats with its packages") from error
+    from .planes import nats as plane
+    from .planes.portal_faces import PortalClient
+
+    return Plane(
+        "nats",
+        plane.AsyncNatsServer,
+        plane.AsyncNatsClient,
+        lambda config, portal: PortalClient("nats", portal, lambda: plane.AsyncNatsClient(config)),
+    )
+
+
 def _memory() -> Plane:
     from .planes import memory
     from .planes.portal_faces import PortalClient
@@ -59,7 +76,7 @@ def _memory() -> Plane:
     )
 
 
-_PLANES: dict[str, Callable[[], Plane]] = {"tcp": _tcp, "http": _http, "memory": _memory}
+_PLANES: dict[str, Callable[[], Plane]] = {"tcp": _tcp, "http": _http, "nats": _nats, "memory": _memory}
 """Name to loader. A further plane is one entry here; what it depends on is imported when it is used."""
 
 
@@ -197,6 +214,16 @@ class AsyncNetworkManager(_Manager):
         runtime = await self._runtime()
         discovery = await runtime.discovery()
         return await discovery.list(None if path is None else str(_parsed(path)))
+
+    async def watch_instances(
+        self, callback: Callable[[tuple[Instance, ...]], object], path: str | EndpointId | None = None
+    ) -> Watch:
+        """Call ``callback`` with the instances of one endpoint, or with all, before this returns and whenever they change.
+
+        On the running loop, until the returned watch is cancelled (``cancel()``) or the manager closes.
+        """
+        runtime = await self._runtime()
+        return await runtime.watch(None if path is None else str(_parsed(path)), callback)
 
     async def close(self, grace: float = 0.0) -> None:
         """Drain all services for up to ``grace`` seconds, end the calls in flight with `ManagerClosed`, close everything.

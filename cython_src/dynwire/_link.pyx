@@ -19,6 +19,19 @@ cdef enum:
     LARGE_BYTES = 65536          # payloads from this size on are sent from their owner's memory
 
 
+cdef bint _calls_follow = False
+
+
+cdef bint calls_follow():
+    return _calls_follow
+
+
+cdef void set_calls_follow(bint more):
+    """For who starts several calls in one callback of the loop. Another thread's loop that sees it writes a little later, too."""
+    global _calls_follow
+    _calls_follow = more
+
+
 cdef class StreamBase:
     """State of one request on one connection. Subclasses say what happens; the connection calls them."""
 
@@ -448,6 +461,15 @@ cdef class Link:
         return Overloaded(
             f"{text} (limit {self.channel_buffer}, set by DYN_TCP_CHANNEL_BUFFER)", depth=depth, limit=self.channel_buffer,
             peer=self.peer, sent="no",
+        )  # fmt: skip
+
+    cdef object item_too_large(self, int64_t size, int64_t limit, str endpoint):
+        """(server) An item exceeds what one of the two sides takes."""
+        side = "caller" if self.peer_max_message == limit else "worker"
+        return MessageTooLarge(
+            f"a reply item of {size} bytes from {endpoint} exceeds the {side}'s limit of {limit} bytes; "
+            f"raise DYN_TCP_MAX_MESSAGE_SIZE on the {side}'s side",
+            size=size, limit=limit, setting="DYN_TCP_MAX_MESSAGE_SIZE", phase="reply", sent="yes",
         )  # fmt: skip
 
     cdef bint check_alive(self, double now) except -1:

@@ -31,6 +31,11 @@ class AsyncItemStream(ABC):
     def __anext__(self) -> Awaitable[Any]:
         """Next item; raises `StopAsyncIteration` at the end and a typed error (`PeerLost` with ``delivered``, …) otherwise."""
 
+    @property
+    def ready(self) -> bool:
+        """True if `__anext__` has something to return or to raise at once. False says nothing: it may still not have to wait."""
+        return False
+
     @abstractmethod
     def close(self) -> None:
         """Give up: kills the handler if it still runs, drops queued items. Never blocks; may be called twice."""
