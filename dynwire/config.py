@@ -459,7 +459,7 @@ class NatsConfig(_Part):
         True, "DYNWIRE_NATS_WAIT", Flag(), "wait for an absent server at start, up to the connect timeout; false: fail at once"
     )
     ping_interval: float = setting(
-        3.0, "DYNWIRE_NATS_PING_INTERVAL", _seconds(0.01), "ping the server; after two unanswered ones it counts as lost", unit="s"
+        3.0, "DYNWIRE_NATS_PING_INTERVAL", _seconds(0.01), "ping the server; two unanswered: it counts as lost", unit="s"
     )
     port: str = setting(
         "auto",

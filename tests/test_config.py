@@ -314,6 +314,21 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 # NATS, secrets --------------------------------------------------------------------------------------------------------------
 
 
+def test_the_connection_to_nats() -> None:
+    default = load().nats
+    assert (default.connect_timeout, default.wait, default.ping_interval, default.port) == (3.0, True, 3.0, "auto")
+    assert (default.tls_ca, default.tls_cert, default.tls_key, default.tls_handshake_first) == (None, None, None, False)
+    given = load({"DYNWIRE_NATS_CONNECT_TIMEOUT": "1.5", "DYNWIRE_NATS_WAIT": "no", "DYNWIRE_NATS_PORT": "Plain"}).nats
+    assert (given.connect_timeout, given.wait, given.port) == (1.5, False, "plain")
+    for name, value in (
+        ("DYNWIRE_NATS_PORT", "slow"),
+        ("DYNWIRE_NATS_PING_INTERVAL", "0"),
+        ("DYNWIRE_NATS_CONNECT_TIMEOUT", "inf"),
+    ):
+        with pytest.raises(ConfigError, match=name):
+            load({name: value})
+
+
 def test_first_complete_nats_authentication_wins(caplog: pytest.LogCaptureFixture) -> None:
     everything = {
         "NATS_AUTH_USERNAME": "u",

@@ -418,7 +418,7 @@ cdef class AsyncClientConnection(AsyncConnection):
         channel.in_flight += 1
         if self.in_dispatch:
             self.wrote()
-        elif self.live == 1 and not self.writer_blocked and not self.flush_scheduled:
+        elif self.live == 1 and not calls_follow() and not self.writer_blocked and not self.flush_scheduled:
             self.flush()  # nothing else is in flight, so there is nothing to wait for
             if self.next_wakeup() < self.armed_at:
                 self.set_timer()

@@ -13,7 +13,7 @@ from libc.stdint cimport uint8_t, uint16_t
 from libc.string cimport memcpy
 
 from ._awaitable cimport CANCELLED, PENDING, RESULT
-from ._link cimport MAX_CHUNKS, MAX_TARGETS, META_LIMIT, dw_chunk
+from ._link cimport MAX_CHUNKS, MAX_TARGETS, META_LIMIT, calls_follow, dw_chunk
 
 from .errors import ForkedManager, MessageTooLarge, PlaneMismatch, ProtocolError, Unauthenticated
 

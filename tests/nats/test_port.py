@@ -475,3 +475,18 @@ async def test_max_payload_may_change_while_it_runs(port: str) -> None:
             connection.port.send(b"a", b"x" * 2000)
             await inbox.count(1)
             subscription.unsubscribe()
+
+
+async def test_release_leaves_nothing_behind(large_server: NatsServer, port: str) -> None:
+    """What was published has reached the server when release() returns, also through nats-py itself."""
+    async with connected(large_server.url, port="fast", ping_interval=9.0) as reader:
+        inbox = Inbox()
+        subscription = await reader.subscribe("last.*", inbox.sink)
+        async with connected(large_server.url, port=port) as connection:
+            for _ in range(2000):
+                if connection.port.congested:
+                    await asyncio.sleep(0.01)
+                connection.port.send(b"last.1", bytes(2000))
+            await connection.client.publish("last.2", b"")
+        await inbox.count(2001)
+        subscription.unsubscribe()
