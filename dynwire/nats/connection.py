@@ -232,6 +232,7 @@ class NatsConnection:
         self._connecting: asyncio.Task[None] | None = None
         self._closing = False
         self._keeper: AsyncGenerator[None, None] | None = None
+        self._ended = False
         self._callbacks: list[StateCallback] = []
         self._waiters: list[asyncio.Future[None]] = []
         self._last_error: BaseException | None = None
@@ -309,7 +310,7 @@ class NatsConnection:
     async def release(self) -> None:
         """Give the connection back. The last one waits (1 s) until the server has what was published, and closes it."""
         self._references -= 1
-        if self._references > 0 or self._closing:
+        if self._references > 0 or self._ended:
             return
         self._forget()
         try:
@@ -320,6 +321,7 @@ class NatsConnection:
             await self._close()
 
     async def _close(self) -> None:
+        self._ended = True
         self.port.close_for_good()
         try:
             async with asyncio.timeout(CLOSE_S):
@@ -494,6 +496,9 @@ class NatsConnection:
 
     async def _on_disconnected(self) -> None:
         if self._closing or self._connecting is None or not self._connecting.done():
+            return
+        if not self.client.is_reconnecting:  # closed, by whoever; this is then their task
+            self.port.go_away()
             return
         task = asyncio.current_task()
         assert task is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Iterator
@@ -329,18 +330,25 @@ async def test_a_server_that_does_not_read(port: str) -> None:
             subscription.unsubscribe()
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["idle", "full socket"])
-async def test_a_frozen_server_is_noticed(port: str, full: bool) -> None:
+@pytest.mark.parametrize("full", ["no", "by the port", "by nats-py"])
+async def test_a_frozen_server_is_noticed(port: str, full: str) -> None:
+    """Also when the socket is full, so that closing the connection would wait for the server."""
     with NatsServer() as server:
         async with connected(server.url, port=port, ping_interval=0.1, connect_timeout=0.5) as connection:
             inbox = Inbox()
             subscription = await connection.subscribe("a", inbox.sink)
             server.pause()
-            if full:
+            if full == "by the port":
                 async with asyncio.timeout(WAIT_S):
                     while connection.up and not connection.port.congested:
                         connection.port.send(b"b", bytes(50000))
                         await asyncio.sleep(0)
+            elif full == "by nats-py":
+                from nats.errors import OutboundBufferLimitError
+
+                with contextlib.suppress(TimeoutError, OutboundBufferLimitError):
+                    while connection.up:
+                        await asyncio.wait_for(connection.client.publish("b", bytes(50000)), 0.05)
             await inbox.until(lambda: inbox.states)
             assert not connection.up
             server.resume()
