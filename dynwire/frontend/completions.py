@@ -344,11 +344,11 @@ class Completions:
 class _Writer:
     """Sends what has come together, and keeps the times."""
 
-    __slots__ = ("_exchange", "_last", "_metrics", "_parts", "_plan", "_tokens")
+    __slots__ = ("_answers", "_exchange", "_last", "_metrics", "_parts", "_tokens")
 
     def __init__(self, exchange: Exchange, plan: Plan, began: float, parts: list[bytes]) -> None:
         self._exchange = exchange
-        self._plan = plan
+        self._answers = plan.answers
         self._metrics = plan.model.metrics
         self._parts = parts
         self._last = began
@@ -356,16 +356,15 @@ class _Writer:
 
     async def send(self, last: bool = False) -> None:
         """Send the parts there are, and forget them."""
-        exchange, parts = self._exchange, self._parts
-        answers = self._plan.answers
-        tokens = answers[0].tokens if len(answers) == 1 else sum(answer.tokens for answer in answers)
-        if tokens > self._tokens:
+        exchange, parts, answers = self._exchange, self._parts, self._answers
+        tokens = answers[0].tokens if len(answers) == 1 else sum([answer.tokens for answer in answers])
+        new = tokens - self._tokens
+        if new:
             now = clock()
-            if self._tokens == 0:
-                self._metrics.first_token.add(now - self._last)
-            else:
-                new = tokens - self._tokens
+            if self._tokens:
                 self._metrics.gap.add((now - self._last) / new, new)
+            else:
+                self._metrics.first_token.add(now - self._last)
             self._last = now
             self._tokens = tokens
         if not exchange.started:
