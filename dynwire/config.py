@@ -424,8 +424,64 @@ class NatsConfig(_Part):
     credentials_file: str | None = setting(
         None, "NATS_AUTH_CREDENTIALS_FILE", Optional_(Text()), "path, used if none of the above is set"
     )
+    prefix: str = setting(
+        "dynwire",
+        "DYNWIRE_NATS_PREFIX",
+        Text("letters, digits, '_' and '-' in parts separated by dots", r"[A-Za-z0-9_-]{1,64}(\.[A-Za-z0-9_-]{1,64}){0,7}"),
+        "begins every subject, stream and bucket; deployments that share a NATS server need different ones",
+    )
+    inbox_prefix: str = setting(
+        "_INBOX",
+        "DYNWIRE_NATS_INBOX_PREFIX",
+        Text("letters, digits, '_' and '-' in parts separated by dots", r"[A-Za-z0-9_-]{1,64}(\.[A-Za-z0-9_-]{1,64}){0,7}"),
+        "begins the subjects that replies come to, for users who may subscribe to some only",
+    )
+    probe_interval: float = setting(
+        0.5, "DYNWIRE_NATS_PROBE_INTERVAL", _seconds(0.01), "silence after which a worker is asked for its requests", unit="s"
+    )
+    keepalive_timeout: float = setting(
+        10.0, "DYNWIRE_NATS_KEEPALIVE_TIMEOUT", _seconds(0.01), "a worker that does not answer that is lost", unit="s"
+    )
+    credit_budget: int = setting(
+        33554432,
+        "DYNWIRE_NATS_CREDIT_BUDGET",
+        _bytes(16384, _U31),
+        "what may be on its way to one client; the NATS server drops clients for whom more than its max_pending waits",
+        unit="bytes",
+    )
     request_mode: str = setting(
         "core", "DYN_NATS_REQUEST_MODE", Choice("core", "jetstream"), "jetstream: requests survive an absent worker"
+    )
+    connect_timeout: float = setting(
+        3.0, "DYNWIRE_NATS_CONNECT_TIMEOUT", _seconds(0.01), "until a server has answered, for each attempt too", unit="s"
+    )
+    wait: bool = setting(
+        True, "DYNWIRE_NATS_WAIT", Flag(), "wait for an absent server at start, up to the connect timeout; false: fail at once"
+    )
+    ping_interval: float = setting(
+        3.0, "DYNWIRE_NATS_PING_INTERVAL", _seconds(0.01), "ping the server; after two unanswered ones it counts as lost", unit="s"
+    )
+    port: str = setting(
+        "auto",
+        "DYNWIRE_NATS_PORT",
+        Choice("auto", "fast", "plain"),
+        "fast: compiled path through nats-py's transport; plain: its public API only; auto: fast where it is possible",
+    )
+    tls_ca: str | None = setting(
+        None,
+        "DYNWIRE_NATS_TLS_CA",
+        Optional_(Text()),
+        "PEM file of the authorities to trust for tls:// and for servers that demand TLS",
+        default_text="the system's",
+    )
+    tls_cert: str | None = setting(
+        None, "DYNWIRE_NATS_TLS_CERT", Optional_(Text()), "PEM file of our certificate, for a server that wants one"
+    )
+    tls_key: str | None = setting(
+        None, "DYNWIRE_NATS_TLS_KEY", Optional_(Text()), "PEM file of its key", default_text="in the certificate's file"
+    )
+    tls_handshake_first: bool = setting(
+        False, "DYNWIRE_NATS_TLS_HANDSHAKE_FIRST", Flag(), "TLS before the server's INFO, as servers with handshake_first want it"
     )
 
     @property
@@ -445,6 +501,20 @@ class EventsConfig(_Part):
 
     plane: str = setting(
         "nats", "DYN_EVENT_PLANE", Choice("jetstream", "nats", "zmq", "none"), "how KV cache events travel; nats: core NATS"
+    )
+    host: str | None = setting(
+        None,
+        "DYNWIRE_EVENTS_HOST",
+        Optional_(Host(wildcard=True), "auto"),
+        "address that a worker binds for events over zmq; its port is any free one",
+        default_text="auto-detected",
+    )
+    advertise_host: str | None = setting(
+        None,
+        "DYNWIRE_EVENTS_ADVERTISE_HOST",
+        Optional_(Host(wildcard=False), "auto"),
+        "host that routers are told to connect to for events over zmq",
+        default_text="the bound address, or this host's if that is a wildcard",
     )
 
 
@@ -611,14 +681,14 @@ class Config(_Part):
         return value
 
     def listen_hosts(self, plane: str) -> tuple[str, str]:
-        """``(host to bind, host to advertise)`` for the server of ``tcp`` or ``http``.
+        """``(host to bind, host to advertise)`` for the server of ``tcp`` or ``http``, or for ``events`` over zmq.
 
         Without a configured bind host: loopback when discovery cannot reach beyond this machine anyway (``file``, ``mem``),
         so that a laptop works without a network, across changes of network, and exposes nothing to it; otherwise the
         address of this host towards the default route. An advertised host that is configured alone is taken as
         "we are behind this name or NAT", so the wildcard is bound. Raises `ConfigError` for an advertised wildcard.
         """
-        part = self.http if plane == "http" else self.tcp
+        part = self.http if plane == "http" else self.events if plane == "events" else self.tcp
         bind = part.host
         if bind is None:
             if part.advertise_host is not None:

@@ -19,11 +19,11 @@ LAYERS = (
     # leaves; Context is a value type of the API like those of types.py, and may wait, so it knows asyncio and threading
     ("errors", "types", "config", "observability", "_context", "_version"),
     # compiled codecs
-    ("_bytes", "_buffers", "_link", "_frames", "_hpack", "_http2", "_http2lib", "_kvhash"),
+    ("_bytes", "_buffers", "_link", "_frames", "_hpack", "_http2", "_http2lib", "_natsproto", "_kvhash"),
     # protocols without I/O; codec turns objects into payloads
-    ("wire", "codec", "_httpwire", "_kvtree"),
+    ("wire", "codec", "_httpwire", "_natswire", "_kvtree"),
     # what moves bytes and waits, and what every plane needs to run a call
-    ("streams", "_awaitable", "_tcpio", "_httpio", "portal", "calls", "handlers"),
+    ("streams", "_awaitable", "_tcpio", "_httpio", "_natsport", "nats", "_portal", "portal", "calls", "handlers"),
     ("planes", "event_plane", "discovery"),
     ("manager", "runtime", "endpoint", "client", "service", "routing", "migration", "replies", "kv_router"),
     ("workers", "frontend", "mocker", "vllm"),
@@ -31,7 +31,7 @@ LAYERS = (
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 
-SANS_IO = (*LAYERS[1], "wire", "_httpwire", "_kvtree")
+SANS_IO = (*LAYERS[1], "wire", "_httpwire", "_natswire", "_kvtree")
 """know no socket, loop, thread, clock or environment; time comes in as an argument"""
 
 IO_MODULES = {

@@ -45,7 +45,6 @@ from .errors import (
     DeadlineExceeded,
     DecodeError,
     DynwireError,
-    MessageTooLarge,
     PeerLost,
     ProtocolError,
 )
@@ -348,6 +347,8 @@ cdef class Waiter(StreamBase):
         if self.conn is not None:
             if when < self.timer or self.timer == INFINITY:
                 self.conn.arm(self, when)
+                if when != INFINITY and not self.conn.in_dispatch:
+                    self.conn.wrote()  # a driver looks at its timer when it has read or written
             else:
                 self.timer = when  # the sweep will come early and find nothing to do
         return 0
@@ -755,16 +756,22 @@ cdef class ItemReader(Waiter):
         self.waiting = False
         _throw(args)
 
-    cdef int take(self, PyObject **result) except? -1:
+    cdef object pop(self, long *cost):
+        """The next item, which has arrived, and what it costs in credit: the caller sees to ``source.consumed``."""
         cdef Py_ssize_t head = self.head
         cdef object item = self.items[head]
-        cdef long cost = self.costs[head]
+        cost[0] = self.costs[head]
         self.items[head] = None
         self.head = head + 1
         if self.head == len(self.items):
             self.items.clear()
             self.head = 0
         self.delivered += 1
+        return item
+
+    cdef int take(self, PyObject **result) except? -1:
+        cdef long cost = 0
+        cdef object item = self.pop(&cost)
         if self.source is not None:
             self.source.consumed(self, cost)
         Py_INCREF(item)
@@ -1120,12 +1127,7 @@ cdef class HandlerTask(StreamBase):
         try:
             limit = min(conn.peer_max_message, conn.max_message)
             if view.len > limit:
-                side = "caller" if conn.peer_max_message == limit else "worker"
-                self.finish_error(MessageTooLarge(
-                    f"a reply item of {view.len} bytes from {self.entry.name} exceeds the {side}'s limit of {limit} bytes; "
-                    f"raise DYN_TCP_MAX_MESSAGE_SIZE on the {side}'s side",
-                    size=view.len, limit=limit, setting="DYN_TCP_MAX_MESSAGE_SIZE", phase="reply", sent="yes",
-                ), True)  # fmt: skip
+                self.finish_error(conn.item_too_large(view.len, limit, self.entry.name), True)
                 return 0
             if self.held is not None or not conn.may_send(self):
                 self.held = item

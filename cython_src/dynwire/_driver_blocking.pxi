@@ -4,27 +4,6 @@
 # done it hands the reading over to one that still waits. One thread at a time writes, and takes along what others have queued.
 # All state is protected by the GIL, which is released in system calls only.
 
-cdef extern from "<semaphore.h>" nogil:
-    ctypedef struct sem_t:
-        pass
-    int sem_init(sem_t *sem, int shared, unsigned int value)
-    int sem_destroy(sem_t *sem)
-    int sem_post(sem_t *sem)
-    int sem_trywait(sem_t *sem)
-
-cdef extern from *:
-    """
-    #include <semaphore.h>
-    #include <time.h>
-    static inline int dw_sem_wait(sem_t *sem, double seconds) {
-        struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t);
-        double until = (double)t.tv_nsec * 1e-9 + seconds;
-        t.tv_sec += (time_t)until; t.tv_nsec = (long)((until - (double)(time_t)until) * 1e9);
-        return sem_clockwait(sem, CLOCK_MONOTONIC, &t);
-    }
-    """
-    int dw_sem_wait(sem_t *sem, double seconds) nogil
-
 cdef extern from *:
     """
     static inline int dw_load(int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }

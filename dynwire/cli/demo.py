@@ -8,8 +8,11 @@ where everything must go on with the other worker.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -19,17 +22,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
 
-from ..config import Config, load_config
-from ..errors import DynwireError, PeerLost
+from ..config import Config, load_config, mask_url
+from ..errors import ConfigError, DynwireError, PeerLost
 from . import tables
 from ._common import Command, json_option, loop_factory, run_async, settings_options, to_json
 from ._workers import Worker
 
 if TYPE_CHECKING:
     from dynwire import AsyncNetworkManager
+
+    from ..nats.server import NatsServer
 
 GENERATE = "demo.worker.generate"
 WHOAMI = "demo.worker.whoami"
@@ -319,8 +325,17 @@ def command(as_json: bool, chosen: dict[str, object]) -> None:
         click.echo(f"[{time.monotonic() - began:4.1f} s] {text}", err=as_json)
 
     try:
-        config = load_config(cli={**chosen, "discovery": "file", "discovery_file_dir": directory})
-        report = _play(config, say)
+        chosen |= {"discovery": "file", "discovery_file_dir": directory}
+        config = load_config(cli=chosen)
+        with contextlib.ExitStack() as undo:
+            if config.request_plane == "nats":
+                # a server of others may hold a demo of others
+                chosen.setdefault("nats.prefix", f"dynwire-demo-{secrets.token_hex(4)}")
+                if not _nats_answers(config):
+                    server = undo.enter_context(_own_nats_server(config, say))
+                    chosen["nats.servers"] = server.url
+                config = load_config(cli=chosen)
+            report = _play(config, say)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
         signal.signal(signal.SIGTERM, previous)
@@ -335,6 +350,29 @@ def command(as_json: bool, chosen: dict[str, object]) -> None:
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
+
+
+def _nats_answers(config: Config) -> bool:
+    """Whether anybody listens at one of the servers."""
+    for url in config.nats.servers:
+        parts = urlsplit(url)
+        with contextlib.suppress(OSError), socket.create_connection((parts.hostname, parts.port or 4222), timeout=1.0):
+            return True
+    return False
+
+
+def _own_nats_server(config: Config, say: Callable[[str], None]) -> NatsServer:
+    """A started nats-server. Raises `ConfigError` that says what to install, or where it was looked for a running one."""
+    from ..nats.server import NatsServer
+
+    where = ", ".join(map(mask_url, config.nats.servers))
+    try:
+        server = NatsServer(jetstream=True).start()
+    except ConfigError as error:
+        text = f"no NATS server answers at {where} (NATS_SERVER), and the demo cannot start one: {error}"
+        raise ConfigError(text, name=error.name, value=error.value, allowed=error.allowed) from error
+    say(f"no NATS server at {where}; started one at {server.url} (pid {server.pid})")
+    return server
 
 
 def _play(config: Config, say: Callable[[str], None]) -> dict[str, Any]:

@@ -10,25 +10,29 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from dynwire.kv_router import RadixTree, RouterEvent
+from dynwire.kv_router import RadixTree, RouterEvent, sequence_hashes
 from dynwire.wire.kv_events import KvCacheEvent, cleared, removed, stored
 
 from .model import ModelTree
 
 
-def content(tree: RadixTree) -> dict[tuple[int, int], dict[int, tuple[int, ...]]]:
-    """What a tree knows, in a form that can be compared."""
-    model = ModelTree()
+def content(tree: RadixTree) -> dict[tuple[int, int], dict[int, int]]:
+    """What a tree knows, in a form that can be compared: per holder and block id the sequence hash."""
+    out: dict[tuple[int, int], dict[int, int]] = {}
     for event in tree.dump():
-        holder = (event.worker_id, event.event.dp_rank)
+        mine = out.setdefault((event.worker_id, event.event.dp_rank), {})
         data = event.event.data
         assert data != "cleared"
         if data.stored is not None:
-            blocks = [(block.block_hash, block.tokens_hash) for block in data.stored.blocks]
-            assert model.store(holder, data.stored.parent_hash, blocks) == "stored"
+            parent = data.stored.parent_hash
+            before = None if parent is None else mine[parent]
+            for block in data.stored.blocks:
+                mine[block.block_hash] = before = sequence_hashes([block.tokens_hash], before)[0]
         else:
-            model.remove(holder, data.removed.block_hashes)
-    return {holder: blocks for holder, blocks in model.blocks.items() if blocks}
+            assert data.removed is not None
+            for block_hash in data.removed.block_hashes:
+                del mine[block_hash]
+    return {holder: blocks for holder, blocks in out.items() if blocks}
 
 
 # few values, so that histories meet
