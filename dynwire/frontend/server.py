@@ -18,6 +18,8 @@ from .app import Frontend
 START_S = 10.0
 STOP_S = 2.0
 """what the HTTP server itself may take to stop, after the answers have ended"""
+CUT_S = 0.5
+"""for the error events of answers that are cut"""
 BACKLOG = 1024
 
 
@@ -140,6 +142,9 @@ async def serve(config: Config) -> bool:
             task.result()
             raise BindError(f"the HTTP server at {url(address)} has stopped by itself", address=url(address))
         forced = await _drain(frontend, signals, config.frontend.grace)
+        # Answers that are left end with an event that says why, while there is still a server to send it.
+        await frontend.shutdown()
+        await frontend.drain(CUT_S)
         server.stop()
         await asyncio.wait((task,), timeout=STOP_S)
         return forced

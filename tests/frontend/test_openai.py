@@ -205,7 +205,7 @@ def test_engine_refuses(client: openai.OpenAI, stream: bool) -> None:
 def test_failure_in_mid_stream_is_an_error(client: openai.OpenAI, verb: str) -> None:
     pieces = []
     with pytest.raises(openai.APIError) as caught:
-        for chunk in client.chat.completions.create(model="tiny", messages=ask(f"{verb} 5"), stream=True):
+        for chunk in client.chat.completions.create(model="tiny", messages=ask(f"{verb} 5 0.01"), stream=True):
             pieces.append(chunk.choices[0].delta.content)
     assert {"fail": "out of memory", "item": "on fire", "short": "without a finish reason"}[verb] in str(caught.value)
 

@@ -7,10 +7,10 @@ message (or of the prompt):
 ``together TEXT``  the same in one item
 ``count N [GAP]``  N tokens that are all different, with so many seconds between them; goes on where another worker was lost
 ``hang``           nothing, ever
-``fail N``         N tokens, then the handler raises
-``item N``         N tokens, then an item that says the engine failed
+``fail N [GAP]``   N tokens, then the handler raises
+``item N [GAP]``   N tokens, then an item that says the engine failed
 ``odd WHAT``       an item that is none
-``short N``        N tokens and no finish reason
+``short N [GAP]``  N tokens and no finish reason
 ``refuse``         the handler raises ValueError
 ``about``          what the request was, as JSON
 ``eos TEXT``       the tokens of TEXT and the end-of-sequence token
@@ -44,7 +44,7 @@ def say(text: str) -> None:
 
 def words(tokenizer: Tokenizer) -> list[int]:
     """Ids of tokens that are plain text by themselves, all different."""
-    return [i for i in range(3, tokenizer.get_vocab_size()) if (text := tokenizer.decode([i])).isascii() and text.isalpha()]
+    return [i for i in range(3, tokenizer.get_vocab_size()) if (text := tokenizer.decode([i])).isascii() and text.isprintable()]
 
 
 class Engine:
@@ -101,8 +101,11 @@ class Engine:
         elif verb == "hang":
             await asyncio.get_running_loop().create_future()
         elif verb in ("fail", "item", "short"):
-            for index in range(int(rest)):
+            number, _, gap = rest.partition(" ")
+            for index in range(int(number)):
                 yield self.item([self.words[index]], None, request)
+                if gap:
+                    await asyncio.sleep(float(gap))
             if verb == "fail":
                 raise RuntimeError("out of memory")
             if verb == "item":
