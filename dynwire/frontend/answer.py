@@ -41,7 +41,7 @@ class Answer:
     def __init__(
         self,
         index: int,
-        form: Form,
+        form: Form | None,
         tokenizer: Tokenizer,
         detokenizer: Detokenizer,
         stops: StopStrings | None,
@@ -49,7 +49,8 @@ class Answer:
         logprobs: bool,
     ) -> None:
         self.index = index
-        self.form = form
+        self.form: Any = form
+        """how it is written, of a stream"""
         self.tokens = 0
         self.cached_tokens = 0
         self.finish_reason: str | None = None

@@ -35,14 +35,15 @@ clock = time.perf_counter
 class Plan:
     """A request that has been understood: what to ask the engine, and how to write down what it says."""
 
-    __slots__ = ("answers", "created", "model", "prompt_tokens", "requests", "response_id", "stream", "with_usage")
+    __slots__ = ("answers", "created", "form", "model", "prompt_tokens", "requests", "response_id", "stream", "with_usage")
 
     def __init__(self, model: Model, form: type[Form], stream: bool, with_usage: bool, request_id: bytes) -> None:
         self.model = model
+        self.form = form
         self.stream = stream
         self.with_usage = with_usage
         self.created = int(time.time())
-        self.response_id = f"{form.id_prefix}{escape_id(request_id)}"
+        self.response_id = form.id_prefix + escape_id(request_id)
         self.requests: list[EngineRequest] = []
         self.answers: list[Answer] = []
         self.prompt_tokens = 0
@@ -223,7 +224,7 @@ class Completions:
                 plan.answers.append(
                     Answer(
                         index,
-                        form(plan.response_id, plan.created, model.name, index, plan.with_usage),
+                        form(plan.response_id, plan.created, model.name, index, plan.with_usage) if stream else None,
                         model.tokenizer,
                         model.tokenizer.detokenizer(prompt, skip_special),
                         StopStrings(stops, bool(request.include_stop_str_in_output)) if stops else None,
@@ -290,12 +291,12 @@ class Completions:
         choices = []
         for answer, text in zip(plan.answers, texts, strict=True):
             found = answer.take_logprobs()
-            logprobs = answer.form.logprobs(plan.model.tokenizer, found) if found else None
-            choices.append(answer.form.choice(answer.index, text, answer.finish_reason, logprobs))
+            logprobs = plan.form.logprobs(plan.model.tokenizer, found) if found else None
+            choices.append(plan.form.choice(answer.index, text, answer.finish_reason, logprobs))
         _count(plan)
         body = {
             "id": plan.response_id,
-            "object": plan.answers[0].form.object,
+            "object": plan.form.object,
             "created": plan.created,
             "model": plan.model.name,
             "choices": choices,
