@@ -78,6 +78,25 @@ class Answer:
             text += self._close(reason)
         return text
 
+    @property
+    def whole(self) -> bool:
+        """Whether its text may be made at its end, with `note` and `text_of`, instead of piece by piece with `take`."""
+        return self._stops is None
+
+    def note(self, item: Any, token_ids: list[int]) -> str | None:
+        """Append the tokens of an item and return its finish reason. Raises `ApiError` if the engine has failed."""
+        new, reason = self._open(item)
+        token_ids += new
+        return reason
+
+    def text_of(self, token_ids: list[int], reason: str) -> str:
+        """The whole text; sets ``finish_reason``. Raises `ApiError`."""
+        try:
+            text = self._detokenizer.push(token_ids) if token_ids else ""
+        except (TypeError, OverflowError) as error:
+            raise _no_item(error) from error
+        return text + self._close(reason)
+
     def events(self, item: Any, parts: list[bytes]) -> None:
         """Append the events that an item adds to a stream. Raises `ApiError` if the engine has failed."""
         if self._stops is None and self._held_logprobs is None:
@@ -102,8 +121,12 @@ class Answer:
 
     def ended(self) -> str:
         """The stream ended without a finish reason: right if nothing is missing. The rest of the text, or `ApiError`."""
+        return self._close(self.reason_of_end())
+
+    def reason_of_end(self) -> str:
+        """The finish reason of a stream that ended without one. Raises `ApiError` if it was cut."""
         if self._max_tokens is not None and self.tokens >= self._max_tokens:
-            return self._close("length")
+            return "length"
         raise ApiError(502, "the engine ended its answer without a finish reason", code="engine_error")
 
     def end_events(self, parts: list[bytes]) -> None:

@@ -444,23 +444,33 @@ async def _stream_several(streams: Sequence[AsyncReplyStream], answers: Sequence
 
 async def _read(stream: AsyncReplyStream, answer: Answer, metrics: ModelMetrics, began: float) -> str:
     """The text of an answer."""
-    texts: list[str] = []
     last = began
+    reason: str | None = None
+    token_ids: list[int] = []
+    texts: list[str] = []
     async with stream:
         items: Any = stream.__aiter__()
         try:
             item = await items.__anext__()
             last = clock()
             metrics.first_token.add(last - began)
-            texts.append(answer.take(item))
-            while answer.finish_reason is None:
-                texts.append(answer.take(await items.__anext__()))
+            if answer.whole:
+                reason = answer.note(item, token_ids)
+                while reason is None:
+                    reason = answer.note(await items.__anext__(), token_ids)
+            else:
+                texts.append(answer.take(item))
+                while answer.finish_reason is None:
+                    texts.append(answer.take(await items.__anext__()))
         except StopAsyncIteration:
-            texts.append(answer.ended())
+            if answer.whole:
+                reason = answer.reason_of_end()
+            else:
+                texts.append(answer.ended())
         await _take_end(items)
     if answer.tokens > 1:
         metrics.gap.add((clock() - last) / (answer.tokens - 1), answer.tokens - 1)
-    return "".join(texts)
+    return "".join(texts) if reason is None else answer.text_of(token_ids, reason)
 
 
 def _count(plan: Plan) -> None:

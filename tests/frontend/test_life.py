@@ -37,7 +37,7 @@ def counted(number: int) -> str:
     return "".join(tokenizer.decode([i]) for i in words(tokenizer)[:number])
 
 
-# Models ------------------------------------------------------------------------------------------------------------------------
+# Models -----------------------------------------------------------------------------------------------------------------------
 
 
 def test_models_come_and_go(deployment: Deployment) -> None:
@@ -180,7 +180,7 @@ def test_planes(tmp_path: Path, plane: str) -> None:
         deployment.close()
 
 
-# Clients that leave --------------------------------------------------------------------------------------------------------------
+# Clients that leave -----------------------------------------------------------------------------------------------------------
 
 
 def send(frontend: Frontend, body: dict[str, object]) -> socket.socket:
@@ -254,7 +254,7 @@ def test_client_that_does_not_read_makes_the_engine_wait(deployment: Deployment,
     sock.close()
 
 
-# Shutdown ------------------------------------------------------------------------------------------------------------------------
+# Shutdown ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("server", SERVERS)
@@ -321,7 +321,7 @@ def test_wrong_settings(deployment: Deployment) -> None:
         assert text in process.errors.read_text()
 
 
-# Lost workers ----------------------------------------------------------------------------------------------------------------------
+# Lost workers -----------------------------------------------------------------------------------------------------------------
 
 
 def two_workers(deployment: Deployment) -> list[Process]:

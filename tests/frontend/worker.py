@@ -57,7 +57,7 @@ class Engine:
         text = self.tokenizer.decode(token_ids, skip_special_tokens=False)
         made = 0
         if ASSISTANT in text:
-            text, _, answer = text.rpartition(ASSISTANT)
+            text = text.rpartition(ASSISTANT)[0]
             made = len(token_ids) - len(self.tokenizer.encode(text + ASSISTANT, add_special_tokens=False).ids)
             text = text.rpartition("<|im_start|>user\n")[2].partition("<|im_end|>")[0]
         verb, _, rest = text.strip().partition(" ")
