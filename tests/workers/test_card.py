@@ -76,6 +76,7 @@ def test_context_length(tmp_path: Path, files: dict[str, Any], length: int) -> N
 
 
 def test_ids_and_special_tokens(tmp_path: Path) -> None:
+    add_bos = {"add_bos_token": True}
     card = ModelCard.from_directory(
         model(
             tmp_path / "m",
@@ -123,7 +124,7 @@ def test_file_is_no_model(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["/no/such/dir", "./nothing", "a/b/c"])
 def test_path_that_is_not_there(name: str) -> None:
-    with pytest.raises(ConfigError, match="there is no the directory|there is no directory"):
+    with pytest.raises(ConfigError, match="looked for the directory"):
         find_model(name)
 
 

@@ -20,7 +20,8 @@ def render(source: str, **more: object) -> str:
 
 
 def test_messages_special_tokens_and_generation_prompt() -> None:
-    source = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
+    source = "{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m['content'] }}{% endfor %}"
+    source += "{% if add_generation_prompt %}>{% endif %}"
     assert render(source) == "<s>[user]Hi>"
     assert render(source, add_generation_prompt=False) == "<s>[user]Hi"
 
@@ -55,7 +56,7 @@ def test_strftime_now() -> None:
 
 
 def test_raise_exception() -> None:
-    with pytest.raises(TemplateRefused, match="^no such role$"):
+    with pytest.raises(TemplateRefused, match=r"^no such role$"):
         render("{{ raise_exception('no such role') }}")
 
 
