@@ -76,7 +76,6 @@ def test_context_length(tmp_path: Path, files: dict[str, Any], length: int) -> N
 
 
 def test_ids_and_special_tokens(tmp_path: Path) -> None:
-    add_bos = {"add_bos_token": True}
     card = ModelCard.from_directory(
         model(
             tmp_path / "m",
