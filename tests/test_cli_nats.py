@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -225,8 +226,9 @@ def test_doctor_discovery(commands: Commands, tmp_path: Path) -> None:
 
 
 def test_doctor_with_a_default_server(nats_server: NatsServer, commands: Commands) -> None:
-    code, found = commands.doctor("--discovery", "nats", NATS_SERVER=nats_server.url)
+    code, found = commands.doctor("--plane", "nats", "--discovery", "nats", NATS_SERVER=nats_server.url)
     assert code == 0, found
+    assert found["request plane"][:2] == ("ok", "nats (command line)")
     assert nats_server.url in found["nats server"][1]
     status, text, remedy = found["nats max_payload"]
     assert status == "note"
@@ -320,3 +322,22 @@ def test_doctor_packages(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["extra http"].remedy == "pip install 'dynwire[http]'"
     assert "nats-py 3.0.1" in found["extra nats"].text
     assert {f.check: f.status for f in doctor._extras(dynwire.load_config({"plane": "tcp"}))}["extra http"] == "note"
+
+
+# --- demo -----------------------------------------------------------------------------------------------------------------
+
+
+def test_demo_with_a_server_of_its_own(nats_server: NatsServer, commands: Commands) -> None:
+    done = commands.run("demo", "--plane", "nats", "--json", NATS_SERVER=f"nats://127.0.0.1:{free_port()}")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["plane"] == "nats"
+    started = re.search(r"started one at nats://127.0.0.1:\d+ \(pid (\d+)\)", done.stderr)
+    assert started, done.stderr
+    assert gone(int(started[1]))
+
+
+def test_demo_with_a_server_that_answers(nats_server: NatsServer, commands: Commands) -> None:
+    done = commands.run("demo", "--plane", "nats", "--json", NATS_SERVER=nats_server.url)
+    assert done.returncode == 0, done.stderr
+    assert "started one" not in done.stderr
+    assert "nats:dynwire-demo-" in done.stderr, "names of its own, on a server of others"

@@ -23,7 +23,7 @@ LAYERS = (
     # protocols without I/O; codec turns objects into payloads
     ("wire", "codec", "_httpwire", "_natswire", "_kvtree"),
     # what moves bytes and waits, and what every plane needs to run a call
-    ("streams", "_awaitable", "_tcpio", "_httpio", "_natsport", "nats", "_portal", "portal", "calls", "handlers"),
+    ("streams", "_awaitable", "_tcpio", "_httpio", "_natsport", "_natsio", "nats", "_portal", "portal", "calls", "handlers"),
     ("planes", "event_plane", "discovery"),
     ("manager", "runtime", "endpoint", "client", "service", "routing", "migration", "replies", "kv_router"),
     ("workers", "frontend", "mocker", "vllm"),
@@ -51,7 +51,7 @@ IO_MODULES = {
 IO_HEADERS = re.compile(r"(sys/(socket|epoll|uio|time|select)|netinet/.*|poll|pthread|time|unistd|errno)\.h")
 IO_CIMPORTS = re.compile(r"(posix|libc\.time|libc\.errno|cpython\.(time|pythread))\b")
 
-PLANE_INTERFACES = ("base", "sockets", "portal_faces")
+PLANE_INTERFACES = ("base", "sockets", "serving", "portal_faces")
 """modules of dynwire.planes that are no concrete plane"""
 
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}

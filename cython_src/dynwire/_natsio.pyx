@@ -6,7 +6,7 @@ and handlers begin in the read callback, and what they publish leaves together a
 
 import weakref
 
-from ._link cimport S_WRITTEN
+from ._link cimport S_WRITTEN, calls_follow
 from ._natsproto cimport PORT_CLOSED, PORT_UP, MessagePort, MessageSink
 from ._natswire cimport NatsPeer, NatsTarget, NatsWire, header_lines
 
@@ -194,6 +194,25 @@ cdef class NatsClientLink(NatsLink):
     cdef int on_request_sent(self, StreamBase stream) except -1:
         return name_request(self, <Waiter>stream)
 
+    cdef int on_peer(self, NatsPeer peer, object error) except -1:
+        cdef list waiters
+        if peer.waiters:
+            waiters, peer.waiters = peer.waiters, []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(error)
+        return 0
+
+    def ask_peer(self, NatsPeer peer not None):
+        """A future that gets None when the worker has answered, or a `ConnectError` when it is not there."""
+        future = self.loop.create_future()
+        peer.waiters = [waiter for waiter in peer.waiters if not waiter.done()]
+        peer.waiters.append(future)
+        if self.up():
+            self.ping(peer, dw_now())
+            self.port.flush()
+        return future
+
     cdef int denied(self, object error) except -1:
         """The NATS server does not let this user publish to an endpoint: its requests were not sent."""
         cdef StreamBase stream
@@ -201,7 +220,10 @@ cdef class NatsClientLink(NatsLink):
         if details.get("operation") != "publish":
             return 0
         for stream in list(self.slots):
-            if stream is not None and stream.conn is self and (<NatsTarget>stream.under).subject.decode() == details.get("subject"):
+            if stream is None or stream.conn is not self:
+                continue
+            # nats-py's errors are in lower case
+            if (<NatsTarget>stream.under).subject.decode().lower() == str(details.get("subject")).lower():
                 stream.state &= ~S_WRITTEN
                 self.lose(stream, error)
         return 0
@@ -212,7 +234,7 @@ cdef class NatsClientLink(NatsLink):
         call.channel = channel
         channel.in_flight += 1
         if not self.in_dispatch:
-            if self.live == 1 and self.port.state == PORT_UP:
+            if self.live == 1 and not calls_follow() and self.port.state == PORT_UP:
                 self.port.flush()  # nothing else is in flight, so there is nothing to wait for
             if self.next_wakeup() < self.armed_at:
                 self.set_timer()
@@ -220,9 +242,10 @@ cdef class NatsClientLink(NatsLink):
 
 
 cdef class NatsChannel(ChannelBase):
-    """Calls to one instance (see `dynwire.planes.base.AsyncChannel`). ``client`` has ``connect(timeout)``."""
+    """Calls to one instance (see `dynwire.planes.base.AsyncChannel`). ``client`` has ``connect(timeout, peer)``."""
 
     cdef NatsClientLink link
+    cdef NatsPeer peer_
     cdef NatsTarget target
     cdef readonly object client
     cdef RequestOptions options
@@ -235,6 +258,7 @@ cdef class NatsChannel(ChannelBase):
         self.link = link
         self.options = options
         self.endpoint = instance.path
+        self.peer_ = peer
         self.target = NatsTarget(peer, self.endpoint)
         self.loop = link.loop
         self.peer = instance.address
@@ -243,10 +267,13 @@ cdef class NatsChannel(ChannelBase):
     def ready(self):
         # Also while the connection is being restored: requests then wait, within their deadlines and the channel buffer.
         cdef NatsClientLink link = self.link
-        return link.port is not None and not link.dead and link.port.state != PORT_CLOSED
+        return (
+            link.port is not None and not link.dead
+            and (link.port.state != PORT_CLOSED if link.port.state != PORT_UP else link.fresh(self.peer_, dw_now()))
+        )  # fmt: skip
 
     async def connect(self, timeout=None):
-        await self.client.connect(timeout)
+        await self.client.connect(timeout, self.peer_)
 
     cdef int start(self, Waiter call, object payload, object timeouts, object reply_type, Context context) except -1:
         cdef NatsClientLink link = self.link
@@ -354,8 +381,11 @@ cdef class NatsServerLink(NatsLink):
         self.forget_targets()
 
     def go_away(self):
-        """Refuse further requests; those in flight go on."""
+        """Refuse further requests, and tell the callers; requests in flight go on."""
         self.draining = True
+        self.put_goodbye()
+        if self.up():
+            self.port.flush()
 
     def tasks(self, entry=None):
         """Handlers that run, of one endpoint or all."""

@@ -63,5 +63,6 @@ cdef class PlainPort(PortBase):
     cdef uint64_t next_id
     cdef object watch_handle                # timer of watch()
     cdef bint was_reconnecting
+    cdef bint busy                          # the pump is handing something over
 
     cdef int wake_pump(self) except -1

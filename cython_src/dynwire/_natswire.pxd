@@ -10,6 +10,7 @@ cdef enum:
     ITEM_ROOM = 128              # bytes of a message that headers of items may take
     CALL_CREDIT = 4096           # granted to a call: one item may always start, a second one is an error
     FIRST_CREDIT = 16384         # granted to a stream at first; grows up to the stream window while it is used up
+    FOREIGN_TIMEOUT_MS = 60000   # of requests by tools: most take the first item and tell nobody that they want no more
     PROBE_TOKENS = 1024          # streams that one probe asks for
     INBOX_LIMIT = 512            # bytes of a reply subject
     HEAD_BYTES = 128             # room for the headers of a message without metadata
@@ -25,8 +26,16 @@ ctypedef struct fields:
     int count
     uint64_t v[FIELDS]
 
+cdef enum:
+    P_UNKNOWN = 0                # nothing was heard yet
+    P_ALIVE = 1
+    P_GONE = 2                   # nobody listened there; may be back after a while, with its connection
+    P_LEAVING = 3                # has said that it takes no more requests
+
 cdef class NatsPeer:
     """A worker as a client sees it."""
+    cdef readonly int state              # P_*
+    cdef public list waiters             # (drivers) who waits to know whether it is there: futures
     cdef readonly str address
     cdef readonly bytes control          # where messages about streams go; None: not known (yet)
     cdef readonly bytes subject          # what the subjects of its endpoints begin with
@@ -59,6 +68,7 @@ cdef class NatsWire(Link):
     cdef bint ask_all                    # (client) at the next tick: the connection was lost
     cdef double up_at                    # when the connection came back
     cdef uint32_t probe_no
+    cdef public object peers             # (client) address -> NatsPeer
     cdef dict probes                     # number of a probe that is not answered -> NatsPeer (client), inbox prefix (server)
     cdef list outbox                     # messages that wait for the connection: (subject, reply, headers, body)
     cdef bytes accept_field              # (client) last field of its requests
@@ -83,6 +93,11 @@ cdef class NatsWire(Link):
                      object owner) except -1
     cdef int port_changed(self, double now) except -1
     cdef int forget_targets(self) except -1
+    cdef bint fresh(self, NatsPeer peer, double now)
+    cdef int ping(self, NatsPeer peer, double now) except -1
+    cdef int put_goodbye(self) except -1
+    # what drivers override
+    cdef int on_peer(self, NatsPeer peer, object error) except -1
     # what durable mode overrides
     cdef int publish_request(self, StreamBase stream, NatsTarget target, bytes inbox, const unsigned char *headers,
                              size_t headers_n, const unsigned char *payload, size_t n, object owner) except -1

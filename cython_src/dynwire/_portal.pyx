@@ -20,6 +20,7 @@ from libc.math cimport INFINITY
 
 from ._awaitable cimport PENDING, ItemReader, ItemStream, Waiter
 from ._context cimport loop_mark
+from ._link cimport set_calls_follow
 
 from .errors import ForkedManager, ManagerClosed
 
@@ -333,6 +334,7 @@ cdef class Hub:
         try:
             while self.queue:
                 queue, self.queue = self.queue, []
+                set_calls_follow(len(queue) > 1)
                 for item in queue:
                     try:
                         if isinstance(item, Pending):
@@ -342,6 +344,7 @@ cdef class Hub:
                     except Exception as error:
                         self.loop.call_exception_handler({"message": f"{item!r} failed on the loop", "exception": error})
         finally:
+            set_calls_follow(False)
             self.in_drain = False
             if self.woken:
                 self._flush()
@@ -437,12 +440,10 @@ cdef class Hub:
             waker, sleeper.woken_by = sleeper.woken_by, None
             waker.resuming -= 1
             if waker.resuming == 0 and waker.queue and not waker.signalled and not waker.closed:
-                # Those that were woken before us have left this to the last.
+                # Those that were woken before us have left this to the last. With the GIL held: the loop gets it when this thread
+                # waits for something, and that may well be its next call, which then leaves with the others.
                 waker.signalled = True
-                dw_add(&waker.writers, 1)
-                with nogil:
-                    dw_signal(waker.fd)
-                    dw_add(&waker.writers, -1)
+                dw_signal(waker.fd)
         if r != 0 and is_main:
             PyErr_CheckSignals()
         return 0

@@ -1,8 +1,9 @@
 """``dynwire demo``: the whole of dynwire in a few seconds, checked by itself.
 
-Two worker processes serve over a directory for discovery. A threaded caller (`NetworkManager`) and an asyncio caller
-(`AsyncNetworkManager`) go through three phases in step: calm; crash, where one worker is killed while streams run; after,
-where everything must go on with the other worker.
+First a model is served (`demo_serving`), then endpoints are called, which is the part in this file: two worker processes serve
+over a directory for discovery. A threaded caller (`NetworkManager`) and an asyncio caller (`AsyncNetworkManager`) go through
+three phases in step: calm; crash, where one worker is killed while streams run; after, where everything must go on with the
+other worker.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import click
 
 from ..config import Config, load_config, mask_url
 from ..errors import ConfigError, DynwireError, PeerLost
-from . import tables
+from . import demo_serving, tables
 from ._common import Command, json_option, loop_factory, run_async, settings_options, to_json
 from ._workers import Worker
 
@@ -307,14 +308,16 @@ async def _asyncio_phases(scene: Scene, manager: AsyncNetworkManager) -> None:
 
 
 @click.command(name="demo", cls=Command)
+@click.option("--only", type=click.Choice(["serving", "calls"]), help="One of the two parts.")
 @json_option
 @settings_options
-def command(as_json: bool, chosen: dict[str, object]) -> None:
-    """Two workers, two callers, one crash: see it all work in a few seconds.
+def command(only: str | None, as_json: bool, chosen: dict[str, object]) -> None:
+    """Serve a model, kill a worker, call endpoints, kill a worker: see it all work in a few seconds.
 
-    Starts two worker processes with discovery in a temporary directory, calls them from threads and from asyncio, kills one
-    of them in the middle of streams, shows what the callers saw, stops and removes everything. Exit code 1 if anything
-    was not as promised.
+    First an OpenAI-compatible frontend and two workers with a simulated engine, asked by curl and put under load while one
+    worker is killed. Then two worker processes that are called from threads and from asyncio, one of which is killed in the
+    middle of streams. Discovery is in a temporary directory; everything is stopped and removed. Exit code 1 if anything was
+    not as promised.
     """
     began = time.monotonic()
     # without this, SIGTERM would leave the workers behind
@@ -335,7 +338,15 @@ def command(as_json: bool, chosen: dict[str, object]) -> None:
                     server = undo.enter_context(_own_nats_server(config, say))
                     chosen["nats.servers"] = server.url
                 config = load_config(cli=chosen)
-            report = _play(config, say)
+            report: dict[str, Any] = {"ok": True, "plane": config.request_plane}
+            if only != "calls":
+                served = demo_serving.play(config, say)
+                report |= {"serving": served, "ok": served["ok"]}
+                if not as_json:
+                    demo_serving.show(served)
+            if only != "serving":
+                called = _play(config, say)
+                report |= {**called, "ok": report["ok"] and called["ok"]}
     finally:
         shutil.rmtree(directory, ignore_errors=True)
         signal.signal(signal.SIGTERM, previous)
@@ -343,7 +354,9 @@ def command(as_json: bool, chosen: dict[str, object]) -> None:
     if as_json:
         click.echo(to_json(report))
     else:
-        _show(report)
+        if only != "serving":
+            _show(report)
+        click.echo(f"\n{'All as promised' if report['ok'] else 'NOT as promised'}, {report['seconds']} s.")
     if not report["ok"]:
         click.get_current_context().exit(1)
 
@@ -494,4 +507,3 @@ def _show(report: dict[str, Any]) -> None:
     click.echo()
     for check in report["checks"]:
         click.echo(f"  {'ok    ' if check['ok'] else 'FAILED'}  {check['check']}")
-    click.echo(f"\n{'All as promised' if report['ok'] else 'NOT as promised'}, {report['seconds']} s.")

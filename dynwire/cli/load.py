@@ -207,7 +207,7 @@ async def _play(target: Any, shape: Any, plan: Plan, warmup: float) -> Tally:
         for part in ([replace(plan, duration=warmup, requests=None, seed=plan.seed + 1000)] if warmup else []) + [plan]:
             run = Run(target, shape, part)
             current[:] = [run]
-            ticking = asyncio.ensure_future(_tick(run, "warm-up" if part is not plan else "load"))
+            ticking = asyncio.ensure_future(tick(run, "warm-up" if part is not plan else "load"))
             try:
                 tally = await run.start()
             finally:
@@ -221,7 +221,7 @@ async def _play(target: Any, shape: Any, plan: Plan, warmup: float) -> Tally:
         loop.remove_signal_handler(signal.SIGINT)
 
 
-async def _tick(run: Run, name: str) -> None:
+async def tick(run: Run, name: str) -> None:
     """The progress bar, on stderr."""
     live = sys.stderr.isatty()
     try:
@@ -258,6 +258,8 @@ def _show(result: dict[str, Any]) -> None:
     late = result["late"]["p99"]
     if late is not None and result["rate"] is not None and late > 0.005:
         click.echo(f"\nRequests were sent {tables.duration(late)} late (p99): this machine or the connections are the limit.")
+    if result["generator_cpu_seconds"] > 0.9 * result["seconds"]:
+        click.echo("\nThis process used up its core: the server may be able to do more.")
     if result["errors"]:
         click.echo()
         errors = [(found["count"], kind, (found["examples"] or [""])[0]) for kind, found in result["errors"].items()]

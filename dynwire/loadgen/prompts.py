@@ -15,6 +15,10 @@ WORDS = (
 )
 
 
+PHRASE, PHRASES = 8, 1024
+"""Prompts are put together from so many phrases of so many words: drawing every word would cost more than sending them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What requests look like."""
@@ -40,6 +44,7 @@ class Prompts:
         self._shape = shape
         self._random = random.Random(seed)
         groups = random.Random(seed + 1)
+        self._phrases = [" ".join(groups.choices(WORDS, k=PHRASE)) for _ in range(PHRASES)]
         self._prefixes = [self._text(groups, shape.prefix_words) for _ in range(shape.prefix_groups)]
         body: dict[str, Any] = {"model": shape.model, "max_tokens": shape.max_tokens, "stream": shape.stream}
         if shape.stream:
@@ -52,9 +57,9 @@ class Prompts:
     def path(self) -> str:
         return "/v1/chat/completions" if self._shape.chat else "/v1/completions"
 
-    @staticmethod
-    def _text(chance: random.Random, words: int) -> str:
-        return " ".join(chance.choices(WORDS, k=words))
+    def _text(self, chance: random.Random, words: int) -> str:
+        phrases = chance.choices(self._phrases, k=words // PHRASE)
+        return " ".join((*phrases, *chance.choices(WORDS, k=words % PHRASE)))
 
     def next(self) -> bytes:
         """The body of the next request."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from array import array
 from collections import Counter
 from collections.abc import Coroutine
@@ -73,6 +74,8 @@ class Tally:
     elapsed: float = 0.0
     """until the last reply was over"""
     connections: int = 0
+    cpu: float = 0.0
+    """seconds of processor time that this process took for it: near ``elapsed``, the load generator is the limit"""
     interrupted: bool = False
     in_flight: int = 0
 
@@ -129,7 +132,7 @@ class Run:
     async def start(self) -> Tally:
         """Run to the end, or until `stop`. Failed requests are counted, not raised."""
         plan, tally = self.plan, self.tally
-        self.started = clock()
+        self.started, cpu = clock(), time.process_time()
         try:
             await (self._at_rate(plan.rate) if plan.rate is not None else self._concurrently(plan.concurrency or 1))
         finally:
@@ -137,7 +140,7 @@ class Run:
                 task.cancel()
             await asyncio.gather(*self._tasks, return_exceptions=True)
             self._pool.close()
-            tally.elapsed = clock() - self.started
+            tally.elapsed, tally.cpu = clock() - self.started, time.process_time() - cpu
             tally.connections = self._pool.opened
         return tally
 

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from collections.abc import Sequence as Items
 from dataclasses import dataclass, field
 
+from .._kvhash import compute_block_hashes, sequence_hashes
 from .blocks import BlockPool
 from .events import KvEvents, KvEventSink
-from .hashing import block_hash, block_hashes, sequence_hash, sequence_hashes
 from .text import Storyteller
 from .timing import Timing
 
@@ -215,7 +215,7 @@ class Scheduler:
             sequence._end = min(sequence._end, sequence.prompt_length + sequence.max_tokens)
         sequence._end_reason = "length"
         if config.enable_prefix_caching:
-            sequence._block_hashes = block_hashes(sequence.tokens, config.block_size)
+            sequence._block_hashes = compute_block_hashes(sequence.tokens, config.block_size)
             sequence._hashes = sequence_hashes(sequence._block_hashes)
         self.waiting.append(sequence)
 
@@ -419,11 +419,12 @@ class Scheduler:
     def _hash(self, sequence: Sequence, blocks: int) -> None:
         """Compute the hashes of its first ``blocks`` blocks, as far as that has not been done."""
         block_size = self.config.block_size
-        hashes, locals_ = sequence._hashes, sequence._block_hashes
-        while len(hashes) < blocks:
-            at = len(hashes) * block_size
-            locals_.append(block_hash(sequence.tokens[at : at + block_size]))
-            hashes.append(sequence_hash(hashes[-1] if hashes else None, locals_[-1]))
+        hashes = sequence._hashes
+        done = len(hashes)
+        if done < blocks:
+            more = compute_block_hashes(sequence.tokens[done * block_size : blocks * block_size], block_size)
+            sequence._block_hashes += more
+            hashes += sequence_hashes(more, hashes[-1] if hashes else None)
 
     def _leave(self, sequence: Sequence) -> None:
         """Stop running: give back the blocks."""

@@ -5,15 +5,13 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-import xxhash
+from .._kvhash import xxh3
 
 WINDOW = 64
 """tokens before a sentence that decide which one it is; enough to reach from the end of a chat template into the question"""
 
 ENDS_ONE_IN = 8
 """an answer of open length ends after a sentence with this chance"""
-
-_digest = xxhash.xxh3_64_intdigest
 
 
 class Storyteller:
@@ -31,7 +29,7 @@ class Storyteller:
         self._seed = seed
 
     def _dice(self, tokens: array[int], at: int, seed: int) -> int:
-        return _digest(tokens[max(0, at - WINDOW) : at].tobytes(), ((self._seed ^ seed) + at) & 0xFFFFFFFFFFFFFFFF)
+        return xxh3(tokens[max(0, at - WINDOW) : at].tobytes(), ((self._seed ^ seed) + at) & 0xFFFFFFFFFFFFFFFF)
 
     def rest(self, tokens: array[int], seed: int = 0, may_end: bool = False) -> array[int]:
         """The tokens up to the end of the sentence that ``tokens`` are in the middle of, or a new sentence.
@@ -39,9 +37,11 @@ class Storyteller:
         Empty if the answer is complete, which happens with ``may_end`` only.
         """
         length = len(tokens)
+        start = max(0, length - self._longest + 1)
+        firsts = self._firsts
         # In the middle of a sentence? The one that began first counts, so that appending its next tokens changes nothing.
-        for begin in range(max(0, length - self._longest + 1), length):
-            if tokens[begin] in self._firsts:
+        for begin, token in enumerate(tokens[start:], start):
+            if token in firsts:
                 sentence = self._sentences[self._dice(tokens, begin, seed) % len(self._sentences)]
                 done = length - begin
                 if done < len(sentence) and sentence[:done] == tokens[begin:]:

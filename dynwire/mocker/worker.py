@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import AsyncGenerator, Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -39,12 +40,16 @@ class Mocker:
         self._ends = ends
 
     def answer_to(self, request: EngineRequest) -> Answer:
-        """The engine's view of a request."""
+        """The engine's view of a request. Raises `ValueError` for something that is no token id."""
         stop = request.stop_conditions
         eos_ids = request.eos_token_ids or self._eos_ids
         natural = self._ends == "always" or (self._ends == "open" and stop.max_tokens is None)
+        try:
+            tokens = array("I", request.token_ids)
+        except OverflowError as error:
+            raise ValueError(f"the prompt has something that is no token id: {error}") from error
         return Answer(
-            request.token_ids,
+            tokens,
             max_tokens=stop.max_tokens,
             min_tokens=stop.min_tokens or 0,
             stop_ids=stop.stop_token_ids if stop.ignore_eos else [*stop.stop_token_ids, *eos_ids],

@@ -36,6 +36,7 @@ async def test_a_number_of_requests() -> None:
     assert server.most_at_once <= 4 and tally.connections <= 4
     assert len(tally.ttft) == len(tally.latency) == 21 and len(tally.gaps) + tally.together == 21 * 4
     assert (tally.prompt_tokens, tally.cached_tokens) == (21 * 11, 21 * 8) and tally.finish_reasons == {"length": 21}
+    assert tally.cpu > 0 and tally.elapsed > 0
     assert sum(tally.token_bins.values()) == 105 and sum(tally.done_bins.values()) == 21
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from dynwire.mocker.hashing import block_hash, sequence_hash
+from dynwire._kvhash import compute_block_hashes, sequence_hashes
 from dynwire.mocker.scheduler import Scheduler, Sequence
 from dynwire.mocker.text import Storyteller
 
@@ -16,6 +16,10 @@ SENTENCES = [[10, 11, 12, 90], [10, 11, 13, 14, 15, 90], [20, 21, 22, 23, 24, 25
 
 def story(seed: int = 0) -> Storyteller:
     return Storyteller(SENTENCES, seed)
+
+
+def sequence_hash(parent: int | None, block: int) -> int:
+    return sequence_hashes([block], parent)[0]
 
 
 class Mirror:
@@ -52,7 +56,7 @@ class Mirror:
         """Tokens at the front of the first ``count`` tokens that the known blocks cover."""
         parent, at = None, 0
         while at + self.block_size <= count:
-            parent = sequence_hash(parent, block_hash(sequence.tokens[at : at + self.block_size]))
+            parent = sequence_hash(parent, compute_block_hashes(sequence.tokens[at : at + self.block_size], self.block_size)[0])
             if parent not in self.known:
                 break
             at += self.block_size

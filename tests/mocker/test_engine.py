@@ -13,10 +13,11 @@ import pytest
 
 import dynwire
 from dynwire import Context
-from dynwire.mocker.engine import Engine
+from dynwire.mocker.engine import Engine, Wake
 from dynwire.mocker.scheduler import EngineConfig
 from dynwire.mocker.timing import Timing
 from dynwire.mocker.worker import Mocker
+from dynwire.workers.protocol import EngineItem, EngineRequest, Routing, SamplingOptions, StopConditions
 
 from .helpers import EOS, story
 
@@ -31,15 +32,20 @@ def mocker(speedup: float = FAST, config: EngineConfig = SMALL, **more: Any) -> 
     return Mocker(Engine(config, story(), speedup=speedup, **more), [EOS])
 
 
-def request(length: int = 6, first: int = 1, **stop: Any) -> dict[str, Any]:
-    return {"token_ids": [first, *range(100, 99 + length)], "stop_conditions": stop}
+def request(length: int = 6, first: int = 1, **stop: Any) -> EngineRequest:
+    return EngineRequest("m", [first, *range(100, 99 + length)], StopConditions(**stop))
 
 
-async def tokens_of(items: AsyncIterator[dict[str, Any]]) -> list[int]:
+def to_rank(rank: int, asked: EngineRequest) -> EngineRequest:
+    asked.routing = Routing(dp_rank=rank)
+    return asked
+
+
+async def tokens_of(items: AsyncIterator[EngineItem]) -> list[int]:
     found: list[int] = []
     async for item in items:
-        assert item["token_ids"]
-        found += item["token_ids"]
+        assert item.token_ids or item.finish_reason == "cancelled"
+        found += item.token_ids
     return found
 
 
@@ -50,8 +56,9 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def test_an_answer() -> None:
     items = [item async for item in mocker().generate(request(max_tokens=5), Context())]
-    assert [len(item["token_ids"]) for item in items] == [1] * 5
-    assert [item["finish_reason"] for item in items] == [None] * 4 + ["length"]
+    assert [len(item.token_ids) for item in items] == [1] * 5
+    assert [item.finish_reason for item in items] == [None] * 4 + ["length"]
+    assert [item.cached_tokens for item in items] == [0] + [None] * 4
 
 
 async def test_one_step_serves_everybody() -> None:
@@ -69,6 +76,30 @@ async def test_one_step_serves_everybody() -> None:
     assert [sorted(order[at : at + 8]) for at in range(0, 32, 8)] == [list(range(8))] * 4
 
 
+@pytest.mark.parametrize(("speedup", "tokens"), [(FAST, 20), (0.2, 4)])
+async def test_steps_that_are_due_at_once_share_a_turn_of_the_loop(speedup: float, tokens: int) -> None:
+    """But a first token does not wait for what comes after it, and steps that time separates stay apart.
+
+    At 0.2 a step takes 30 ms, more than a late engine catches up.
+    """
+    loop = asyncio.get_running_loop()
+    turn = 0
+    turns: list[int] = []
+
+    def count() -> None:
+        nonlocal turn
+        turn += 1
+        handles[:] = [loop.call_soon(count)]
+
+    handles = [loop.call_soon(count)]
+    async for item in mocker(speedup).generate(request(max_tokens=tokens), Context()):
+        assert len(item.token_ids) == 1
+        turns.append(turn)
+    handles[0].cancel()
+    assert len(turns) == tokens and turns[0] < turns[1]
+    assert len(set(turns[1:])) == (1 if speedup == FAST else tokens - 1)
+
+
 async def test_a_slow_reader_gets_several_tokens_at_once() -> None:
     worker = mocker()
     items = worker.generate(request(max_tokens=50), Context())
@@ -79,7 +110,7 @@ async def test_a_slow_reader_gets_several_tokens_at_once() -> None:
     assert await elsewhere == 7
     await until(lambda: worker.engine.metrics()[0].active == 0)
     rest = [item async for item in items]
-    assert len(rest) == 1 and len(first["token_ids"] + rest[0]["token_ids"]) == 50 and rest[0]["finish_reason"] == "length"
+    assert len(rest) == 1 and len(first.token_ids + rest[0].token_ids) == 50 and rest[0].finish_reason == "length"
 
 
 async def test_eos_and_its_switches() -> None:
@@ -102,16 +133,19 @@ async def test_eos_and_its_switches() -> None:
 
 async def test_eos_ids_of_the_request_count_more_than_the_models() -> None:
     worker = Mocker(Engine(EngineConfig(max_model_len=3000), story(), speedup=FAST), [EOS])
-    found = await tokens_of(worker.generate({**request(), "eos_token_ids": [7]}, Context()))
+    asked = request()
+    asked.eos_token_ids = [7]
+    found = await tokens_of(worker.generate(asked, Context()))
     assert found[-1] == 7 and EOS not in found
 
 
 async def test_a_seed_makes_another_answer() -> None:
     worker = mocker()
-    answers = [
-        await tokens_of(worker.generate({**request(max_tokens=40), "sampling_options": {"seed": seed}}, Context()))
-        for seed in (None, 1, 1, 2)
-    ]
+    answers = []
+    for seed in (None, 1, 1, 2):
+        asked = request(max_tokens=40)
+        asked.sampling_options = SamplingOptions(seed=seed)
+        answers.append(await tokens_of(worker.generate(asked, Context())))
     assert answers[1] == answers[2] and len({tuple(answer) for answer in answers}) == 3
 
 
@@ -119,12 +153,13 @@ async def test_a_seed_makes_another_answer() -> None:
     ("wrong", "text"),
     [
         (request(length=200), "max_model_len"),
-        ({"token_ids": []}, "empty"),
+        (EngineRequest("m", []), "empty"),
+        (EngineRequest("m", [1, -1]), "no token id"),
         (request(max_tokens=0), "max_tokens"),
-        ({**request(), "routing": {"dp_rank": 1}}, "dp_rank is 1"),
+        (to_rank(1, request()), "dp_rank is 1"),
     ],
 )
-async def test_a_request_that_can_never_be_answered(wrong: dict[str, Any], text: str) -> None:
+async def test_a_request_that_can_never_be_answered(wrong: EngineRequest, text: str) -> None:
     worker = mocker()
     with pytest.raises(ValueError, match=text):
         await anext(worker.generate(wrong, Context()))
@@ -152,7 +187,7 @@ async def test_ending_early_frees_the_blocks_at_once(how: str, when: str) -> Non
     async def consume() -> None:
         async with contextlib.aclosing(worker.generate(request(max_tokens=190), context)) as items:
             async for item in items:
-                found.extend(item["token_ids"])
+                found.extend(item.token_ids)
 
     def reached() -> bool:
         metrics = worker.engine.metrics()[0]
@@ -202,6 +237,19 @@ async def test_a_timeout_around_the_consumer() -> None:
     worker.engine.close()
 
 
+async def test_waking_twice_wakes_once() -> None:
+    """A consumer that is busy elsewhere, or has gone on already, is left alone."""
+    wake = Wake(asyncio.get_running_loop())
+    woken: list[Wake] = []
+    wake.add_done_callback(woken.append)
+    wake()
+    wake()
+    wake.add_done_callback(woken.append)
+    wake.remove_done_callback(woken.append)
+    wake()
+    assert woken == [wake]
+
+
 async def test_context_variables_stay_with_the_consumer() -> None:
     """Consumers go on within the engine's callback, but each in its own context."""
     variable: contextvars.ContextVar[int] = contextvars.ContextVar("variable")
@@ -223,7 +271,7 @@ async def test_ranks_have_caches_of_their_own_and_share_the_load() -> None:
     events: list[dict[str, Any]] = []
     worker = mocker(dp_size=2, sink=events.append, worker_id=5)
     for rank in (0, 1, 1):
-        await tokens_of(worker.generate({**request(max_tokens=2), "routing": {"dp_rank": rank}}, Context()))
+        await tokens_of(worker.generate(to_rank(rank, request(max_tokens=2)), Context()))
     assert [(e["worker_id"], e["event"]["dp_rank"], e["event"]["event_id"]) for e in events] == [(5, 0, 1), (5, 1, 1)]
     assert [metrics.hit_tokens for metrics in worker.engine.metrics()] == [0, 4]
     assert worker.engine.metrics()[1].prefix_hit_rate == 4 / 12
@@ -236,6 +284,16 @@ async def test_ranks_have_caches_of_their_own_and_share_the_load() -> None:
         task.cancel()
     await asyncio.gather(*tasks, return_exceptions=True)
     slow.engine.close()
+
+
+async def test_events_wait_for_the_worker_to_have_an_id() -> None:
+    events: list[dict[str, Any]] = []
+    worker = mocker(sink=events.append)
+    await tokens_of(worker.generate(request(max_tokens=2), Context()))
+    assert not events
+    worker.engine.identify(9)
+    await tokens_of(worker.generate(request(first=2, max_tokens=2), Context()))
+    assert [(event["worker_id"], event["event"]["event_id"]) for event in events] == [(9, 1), (9, 2)]
 
 
 @pytest.mark.parametrize("wrong", [{"speedup": 0.0}, {"speedup": float("nan")}, {"dp_size": 0}])
@@ -265,12 +323,12 @@ async def test_over_a_plane(plane: str) -> None:
     worker = mocker()
     async with dynwire.AsyncNetworkManager(request_plane=plane, discovery="mem") as manager:
         endpoint = manager.endpoint("mocker.worker.generate")
-        await endpoint.serve(worker.generate)
+        await endpoint.serve(worker.generate, request_type=EngineRequest)
         client = await endpoint.client()
         await client.wait_for_instances(1, timeout=5.0)
 
         async def one(first: int) -> list[int]:
-            async with client.stream(request(first=first, max_tokens=100), timeout=20.0) as stream:
+            async with client.stream(request(first=first, max_tokens=100), timeout=20.0, reply_type=EngineItem) as stream:
                 return await tokens_of(stream)
 
         answers = await asyncio.gather(*(one(first) for first in range(8)))
@@ -283,7 +341,7 @@ async def test_a_caller_that_leaves_frees_the_blocks() -> None:
     worker = mocker(NEVER)
     async with dynwire.AsyncNetworkManager(request_plane="tcp", discovery="mem") as manager:
         endpoint = manager.endpoint("mocker.worker.generate")
-        await endpoint.serve(worker.generate)
+        await endpoint.serve(worker.generate, request_type=EngineRequest)
         client = await endpoint.client()
         await client.wait_for_instances(1, timeout=5.0)
         task = asyncio.ensure_future(client.call(request(max_tokens=3), timeout=20.0))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from dynwire._kvhash import compute_block_hashes
 from dynwire.mocker.scheduler import EngineConfig, Scheduler, Sequence
 from dynwire.mocker.simulation import simulate
 from dynwire.mocker.timing import Timing
@@ -204,15 +205,7 @@ def test_the_least_recently_used_block_goes_first() -> None:
     for first in (1, 2, 1, 3):  # each fills one block and begins another; 1 is used again
         run(Sequence(prompt(4, first), max_tokens=2), scheduler=scheduler)
     run(Sequence(prompt(9, 4), max_tokens=1), scheduler=scheduler)  # needs three of the four
-    assert [scheduler.pool.match([_hash(first)]) for first in (1, 2, 3)] == [0, 0, 1]
-
-
-def _hash(first: int) -> int:
-    from array import array
-
-    from dynwire.mocker.hashing import block_hash
-
-    return block_hash(array("I", prompt(4, first)))
+    assert [scheduler.pool.match(compute_block_hashes(prompt(4, first), 4)) for first in (1, 2, 3)] == [0, 0, 1]
 
 
 def test_preemption_takes_the_newest_and_costs_it_no_token() -> None:
@@ -235,7 +228,7 @@ def test_preemption_takes_the_newest_and_costs_it_no_token() -> None:
 
 def test_clearing() -> None:
     mirror = Mirror(4)
-    scheduler = Scheduler(SMALL, story(), mirror)
+    scheduler = Scheduler(SMALL, story(), mirror, worker_id=0)
     sequence = Sequence(prompt(8), max_tokens=3)
     scheduler.add(sequence, 0.0)
     scheduler.complete(scheduler.schedule(0.0), 0.0)  # type: ignore[arg-type]
@@ -273,7 +266,7 @@ class AnyOrder(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.mirror = Mirror(SMALL.block_size)
-        self.scheduler = Scheduler(SMALL, story(), self.mirror)
+        self.scheduler = Scheduler(SMALL, story(), self.mirror, worker_id=0)
         self.sequences: list[Sequence] = []
         self.step: Any = None
 
@@ -364,7 +357,7 @@ def test_the_same_run_twice(arrivals: list[tuple[float, int, int, int]], caching
 
     def play() -> Any:
         mirror = Mirror(4)
-        scheduler = Scheduler(config, story(), mirror)
+        scheduler = Scheduler(config, story(), mirror, worker_id=0)
         requests = [(at, Sequence(prompt(length, group), max_tokens=n)) for at, group, length, n in sorted(arrivals)]
         outcomes = simulate(scheduler, requests)
         assert scheduler.pool.used == 0 and (caching or not mirror.events)

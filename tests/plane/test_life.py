@@ -436,8 +436,9 @@ async def test_the_planes_own_server_and_client(managers: Managers) -> None:
             assert await asyncio.to_thread(channel.call, {"a": 1}, 5.0) == {"a": 1}
             assert channel.in_flight == 0
         assert server.in_flight() == 0
+        other = Instance(1, "a", "b", "c", "http" if server.plane == "nats" else "nats", "x")
         with pytest.raises(dynwire.PlaneMismatch):
             if isinstance(real, dynwire.AsyncNetworkManager):
-                client.channel(Instance(1, "a", "b", "c", "nats", "x"))
+                client.channel(other)
             else:
-                await asyncio.to_thread(client.channel, Instance(1, "a", "b", "c", "nats", "x"))
+                await asyncio.to_thread(client.channel, other)

@@ -9,13 +9,15 @@ from typing import Any
 
 from ..._natsio import NatsChannel, NatsClientLink
 from ..._natswire import NatsPeer
-from ...config import Config
+from ...config import Config, mask_url
 from ...errors import ConnectError, ManagerClosed
 from ...nats.connection import NatsConnection
 from ...types import Instance
 from ..base import AsyncChannel, AsyncRequestPlaneClient
 from ..sockets.pool import check_plane
 from .options import request_options, wire_limits
+
+ASK_AGAIN_S = 1.0
 
 AsyncChannel.register(NatsChannel)
 
@@ -31,10 +33,9 @@ class AsyncNatsClient(AsyncRequestPlaneClient):
         self._options = request_options(config)
         connection_id = os.urandom(8)
         inbox = f"{config.nats.inbox_prefix}.{connection_id.hex()}."
-        self.link = NatsClientLink(
-            inbox.encode(), self._loop, self._options, connection_id=connection_id, **wire_limits(config)
-        )
+        self.link = NatsClientLink(inbox.encode(), self._loop, self._options, connection_id=connection_id, **wire_limits(config))
         self._peers: weakref.WeakValueDictionary[str, NatsPeer] = weakref.WeakValueDictionary()
+        self.link.peers = self._peers
         self._connection: NatsConnection | None = None
         self._subscription: Any = None
         self._connecting: asyncio.Task[None] | None = None
@@ -50,26 +51,52 @@ class AsyncNatsClient(AsyncRequestPlaneClient):
         channel: AsyncChannel = NatsChannel(instance, self, self.link, peer, self._options)  # type: ignore[assignment]
         return channel
 
-    async def connect(self, timeout: float | None = None) -> None:
-        """Connect and subscribe to the inbox, or wait until a lost connection is back. Callers share the attempt."""
+    async def connect(self, timeout: float | None = None, peer: NatsPeer | None = None) -> None:
+        """Connect to NATS, or wait until a lost connection is back; and find out whether the worker is there.
+
+        Raises `ConnectError`, `Unauthenticated`, `ManagerClosed`. Callers share the attempt.
+        """
+        limit = self._config.nats.connect_timeout if timeout is None else timeout
+        deadline = self._loop.time() + limit
+        await self._connect(timeout)
+        if peer is None:
+            return
+        while (left := deadline - self._loop.time()) > 0:
+            if peer.leaving:
+                raise ConnectError(f"{peer.address} is shutting down", peer=peer.address)
+            asked = self.link.ask_peer(peer)
+            # asked again after a while: a message may be lost
+            await asyncio.wait((asked,), timeout=min(left, ASK_AGAIN_S))
+            if asked.done():
+                error = asked.result()
+                if error is not None:
+                    raise error
+                return
+            if self._closed:
+                raise ManagerClosed("the client is closed")
+        raise ConnectError(
+            f"{peer.address} did not answer within {limit:.3g} s (DYNWIRE_NATS_CONNECT_TIMEOUT)", peer=peer.address
+        )
+
+    async def _connect(self, timeout: float | None) -> None:
         if self._closed:
             raise ManagerClosed("the client is closed")
         if self._connection is not None and self.link.attached:
             await self._connection.wait_up(timeout)
             return
         if self._connecting is None or self._connecting.done():
-            self._connecting = self._loop.create_task(self._connect(), name="dynwire-nats-connect")
+            self._connecting = self._loop.create_task(self._open(), name="dynwire-nats-connect")
             self._connecting.add_done_callback(_retrieve)
         connecting = self._connecting
         done, _ = await asyncio.wait((connecting,), timeout=timeout)
         if not done:
-            servers = ", ".join(self._config.nats.servers)
+            servers = ", ".join(map(mask_url, self._config.nats.servers))
             raise ConnectError(f"no connection to NATS at {servers} (NATS_SERVER) within {timeout:g} s", peer=servers)
         if connecting.cancelled():
             raise ManagerClosed("the client was closed while it connected")
         connecting.result()
 
-    async def _connect(self) -> None:
+    async def _open(self) -> None:
         connection = await NatsConnection.acquire(self._config.nats)
         try:
             subscription = await connection.subscribe(self.link.subject.decode() + "*", self.link.sink)
