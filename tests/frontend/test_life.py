@@ -180,6 +180,22 @@ def test_planes(tmp_path: Path, plane: str) -> None:
         deployment.close()
 
 
+@pytest.mark.parametrize("mode", ["kv", "round-robin"])
+def test_router_mode(deployment: Deployment, mode: str) -> None:
+    """With kv, a prompt goes where it went before; here without events, from the router's own decisions."""
+    fields = ("test.backend.generate", str(TINY_MODEL), "block_size=16")
+    workers = [deployment.worker("tiny", *fields) for _ in range(2)]
+    frontend = deployment.frontend("--router-mode", mode, "--no-kv-events")
+    until(lambda: len(instances(frontend, "tiny")) == 2)
+    prompt = "say " + " ".join(f"word{n}" for n in range(100))
+    began = serving(workers)
+    seen = []
+    for _ in range(4):
+        frontend.chat(prompt).raise_for_status()
+        seen.append(next(began).pid)
+    assert len(set(seen)) == (1 if mode == "kv" else 2)
+
+
 # Clients that leave -----------------------------------------------------------------------------------------------------------
 
 
