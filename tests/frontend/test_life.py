@@ -163,11 +163,13 @@ def test_other_plane_is_said(deployment: Deployment) -> None:
     assert "http" in message and "tcp" in message and "DYN_REQUEST_PLANE" in message
 
 
-@pytest.mark.parametrize("plane", ["tcp", "http"])
-def test_planes(tmp_path: Path, plane: str) -> None:
+@pytest.mark.parametrize("plane", ["tcp", "http", "nats"])
+def test_planes(tmp_path: Path, plane: str, request: pytest.FixtureRequest) -> None:
     if plane == "http":
         pytest.importorskip("h2")
     deployment = Deployment(tmp_path / "deployment", plane)
+    if plane == "nats":
+        deployment.env["NATS_SERVER"] = request.getfixturevalue("nats_server").url
     try:
         deployment.mocker("--speedup-ratio", "1000")
         frontend = deployment.frontend()
@@ -176,6 +178,8 @@ def test_planes(tmp_path: Path, plane: str) -> None:
             found = events(response)
         assert json.loads(found[-2])["usage"]["completion_tokens"] == 20
         assert text_of(found)
+        whole = frontend.chat("Hello!", max_tokens=20).json()["choices"][0]["message"]["content"]
+        assert whole == text_of(found)
     finally:
         deployment.close()
 
