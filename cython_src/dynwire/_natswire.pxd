@@ -132,10 +132,11 @@ cdef class NatsWire(Link):
     cdef bytes inbox_of(self, StreamBase stream)
     cdef bytes own_reply(self, StreamBase stream)
     cdef int64_t item_limit(self)
+    cdef int check_size(self, object data, bytes meta) except -1
     cdef int answer(self, bytes inbox, int flags, bytes body) except -1
     cdef int grant(self, StreamBase stream) except -1
     cdef int tick(self, double now) except -1
-    cdef int tick_client(self, double now) except -1
+    cdef int tick_client(self, double now, bint stalled) except -1
     cdef int tick_server(self, double now) except -1
     cdef int ask(self, NatsPeer peer, list lines, double now) except -1
 

@@ -22,7 +22,19 @@ from libc.stdint cimport int32_t
 from libc.string cimport memchr, memcmp, memcpy
 
 from ._buffers cimport Block, payload_copy, payload_of_block
-from ._link cimport META_LIMIT, S_ACCEPTED, S_ENDED, S_PENDING, S_QUEUED, S_STOP_EARLY, S_WRITTEN, S_ZOMBIE, Link, StreamBase
+from ._link cimport (
+    META_LIMIT,
+    S_ACCEPTED,
+    S_ENDED,
+    S_PENDING,
+    S_QUEUED,
+    S_STOP_EARLY,
+    S_WRITTEN,
+    S_ZOMBIE,
+    Link,
+    StreamBase,
+    size_of,
+)
 from ._natsproto cimport PORT_CLOSED, PORT_UP, MessagePort
 
 from .errors import (
@@ -1012,11 +1024,11 @@ cdef class NatsWire(Link):
             )
         return Link.submit(self, stream, endpoint, data, kind, meta, deadline, due, now)
 
-    def check_size(self, data, bytes meta):
+    cdef int check_size(self, object data, bytes meta) except -1:
         """Raises `MessageTooLarge` for a request that the NATS server would not take."""
         cdef int64_t limit = min(self.port.max_payload, self.max_payload)
-        cdef int64_t size = len(data) if type(data) is bytes else memoryview(data).nbytes
-        cdef int64_t head = HEAD_BYTES + (0 if meta is None else len(meta))
+        cdef int64_t size = PyBytes_GET_SIZE(data) if type(data) is bytes else size_of(data)
+        cdef int64_t head = HEAD_BYTES + (0 if meta is None else PyBytes_GET_SIZE(meta))
         if size + head > limit and size <= self.max_message:
             setting = "nats plane limit" if self.max_payload <= self.port.max_payload else "max_payload of the NATS server"
             raise MessageTooLarge(
@@ -1024,6 +1036,7 @@ cdef class NatsWire(Link):
                 "with headers); the tcp plane (DYN_REQUEST_PLANE=tcp) carries larger ones",
                 size=size, limit=limit - head, setting=setting, peer=self.peer, sent="no",
             )  # fmt: skip
+        return 0
 
     cdef bint may_request(self):
         return (
@@ -1173,16 +1186,17 @@ cdef class NatsWire(Link):
 
     cdef int tick(self, double now) except -1:
         """Ask those of whom nothing was heard for a while whether they still know the streams that were there a tick ago."""
+        cdef bint stalled = now - self.tick_at > max(1.0, self.probe_interval)
         self.tick_at = INFINITY
         self.tick_no += 1
         self.now = now
         if not self.up() or not self.live:
             return 0
         if self.is_client:
-            return self.tick_client(now)
+            return self.tick_client(now, stalled)
         return self.tick_server(now)
 
-    cdef int tick_client(self, double now) except -1:
+    cdef int tick_client(self, double now, bint stalled) except -1:
         cdef uint32_t old = self.tick_seq
         cdef StreamBase stream
         cdef NatsPeer peer
@@ -1202,6 +1216,8 @@ cdef class NatsWire(Link):
                 peer.visit = self.tick_no
                 if peer.heard > peer.asked or all_:
                     peer.asked = INFINITY
+                elif stalled and peer.asked != INFINITY:
+                    peer.asked = now  # this loop stood still: the answer may wait in the socket
                 if now - peer.asked >= self.keepalive_timeout:
                     silent.append(peer)
                 quiet = now - max(peer.heard, peer.probed)
