@@ -381,11 +381,12 @@ async def _stream_one(stream: AsyncReplyStream, answer: Answer, writer: _Writer)
     parts = writer._parts
     async with stream:
         items: Any = stream.__aiter__()
+        take, add = items.__anext__, answer.events
         while True:
             try:
-                answer.events(await items.__anext__(), parts)
+                add(await take(), parts)
                 while answer.finish_reason is None and items.ready:
-                    answer.events(await items.__anext__(), parts)
+                    add(await take(), parts)
             except StopAsyncIteration:
                 answer.end_events(parts)
             if answer.finish_reason is not None:
