@@ -1,0 +1,1 @@
+"""NATS: what the nats plane, the event planes and discovery over NATS share."""

@@ -1,0 +1,299 @@
+"""How a worker takes requests from a queue: it asks for as many as it can run, and says of each how it went.
+
+`PullWindow` and `Progress` are pure: no I/O, time comes in as an argument. `QueueConsumer` drives them on an event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Protocol
+
+import msgspec
+
+from ..errors import DynwireError
+from .queue import CONSUMER, NAK, PAUSE_S, PROGRESS, Delivery, Queue, QueueAdmin, QueueNames
+
+if TYPE_CHECKING:
+    from ..config import NatsConfig
+
+logger = logging.getLogger("dynwire.nats")
+
+REOPEN_TIMEOUT_S = 5.0
+"""for one attempt to find the queue again; there is another one after it"""
+
+MAX_PAUSE_S = 2.0
+"""between those attempts"""
+
+PULL_EXPIRES_S = 30.0
+"""a question that the queue has not answered completely after this time is asked anew"""
+
+HEARTBEAT_S = 5.0
+"""so often the server shows that a question is still waiting"""
+
+SILENT_AFTER_S = 2.5 * HEARTBEAT_S
+"""no word from the server for so long: it has forgotten the question (a new leader, a lost connection), ask anew"""
+
+# Status codes of messages that the server sends in answer to a question (ADR-13).
+HEARTBEAT = 100
+NO_MESSAGES = 404
+EXPIRED = 408
+CONFLICT = 409  # consumer deleted, leader changed, server shutting down, too many questions
+NO_RESPONDERS = 503  # no such consumer, or no JetStream
+
+
+class PullWindow:
+    """How many requests the queue was asked for and has not delivered.
+
+    The sum over all questions that are waiting at the server; a question ends when its last message was delivered (without
+    a word), or with a status message that says how many were left.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.asked = 0
+        self.last_heard = 0.0
+
+    def wanted(self, running: int, now: float) -> int:
+        """How many to ask for now, with ``running`` requests in the handlers; 0: nothing.
+
+        Not for every one that ends: a question costs as much as a message, so it waits until a quarter of what this worker
+        takes is free. A worker that waits for nothing at all asks at once.
+        """
+        free = self.limit - running - self.asked
+        if free <= 0 or (self.asked and free * 4 < self.limit):
+            return 0
+        return free
+
+    def sent(self, count: int, now: float) -> None:
+        """A question for ``count`` requests is on its way."""
+        if not self.asked:
+            self.last_heard = now
+        self.asked += count
+
+    def delivered(self, now: float) -> None:
+        self.last_heard = now
+        if self.asked:
+            self.asked -= 1
+
+    def status(self, code: int, left: int | None, now: float) -> bool:
+        """A status message; ``left`` from its header Nats-Pending-Messages. Returns False if the questions are void."""
+        self.last_heard = now
+        if code == HEARTBEAT:
+            return True
+        if code in (NO_MESSAGES, EXPIRED) and left is not None:
+            self.asked = max(0, self.asked - left)
+            return True
+        return False
+
+    def silent(self, now: float) -> bool:
+        """Does the server seem to have forgotten what it was asked?"""
+        return self.asked > 0 and now - self.last_heard > SILENT_AFTER_S
+
+    def reset(self) -> None:
+        """All questions are void: the connection or the consumer is another one."""
+        self.asked = 0
+
+
+def pull_request(count: int) -> bytes:
+    """Body of a question for ``count`` requests."""
+    return msgspec.json.encode({"batch": count, "expires": int(PULL_EXPIRES_S * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)})
+
+
+def pull_subject(names: QueueNames) -> str:
+    return f"$JS.API.CONSUMER.MSG.NEXT.{names.stream}.{CONSUMER}"
+
+
+class Progress:
+    """Which running requests must be reported as still running, so that the queue gives them to nobody else."""
+
+    def __init__(self, ack_wait: float) -> None:
+        # A third: two reports in a row may come late.
+        self.interval = ack_wait / 3
+        self.running: dict[int, Delivery] = {}
+
+    def add(self, delivery: Delivery, now: float) -> None:
+        delivery.progress_at = now + self.interval
+        self.running[delivery.seq] = delivery
+
+    def remove(self, delivery: Delivery) -> bool:
+        """False if it was not there, or by now belongs to a later delivery of the same request."""
+        if self.running.get(delivery.seq) is not delivery:
+            return False
+        del self.running[delivery.seq]
+        return True
+
+    def due(self, now: float) -> list[Delivery]:
+        """Those to report now."""
+        found = [delivery for delivery in self.running.values() if delivery.progress_at <= now]
+        for delivery in found:
+            delivery.progress_at = now + self.interval
+        return found
+
+
+class Subscription(Protocol):
+    """What `QueueConsumer` needs of a subscription."""
+
+    async def drain(self) -> None:
+        """Tell the server to send no more, take what it has sent until then, end."""
+
+
+class QueueConsumer:
+    """Takes the requests of one endpoint from its queue, as many as this worker can run. All methods: the loop's thread.
+
+    The plane's own code receives the messages of ``subscribe(inbox)`` and calls `take` or `on_status` for each, and `finished`
+    when a request has ended. ``publish(subject, payload, reply)`` must keep the order of what is published on the connection:
+    a request is acknowledged after its reply, so that a worker that dies in between causes a second reply, never none.
+    """
+
+    def __init__(
+        self,
+        admin: QueueAdmin,
+        names: QueueNames,
+        config: NatsConfig,
+        *,
+        publish: Callable[[str, bytes, str], None],
+        subscribe: Callable[[str], Awaitable[Subscription]],
+        new_inbox: Callable[[], str],
+        limit: int,
+    ) -> None:
+        self._admin = admin
+        self._names = names
+        self._config = config
+        self._publish = publish
+        self._subscribe = subscribe
+        self._new_inbox = new_inbox
+        self._loop = asyncio.get_running_loop()
+        self._window = PullWindow(min(limit, config.queue_max_in_flight))
+        self._progress = Progress(config.queue_ack_wait)
+        self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._void = asyncio.Event()
+        self._inbox = ""
+        self._stopping = False
+        self.queue: Queue | None = None
+        """as it was found last; None before `start`"""
+        self.taken = 0
+        """deliveries, repeated ones included"""
+        self.redelivered = 0
+        """deliveries of requests that a worker had been given before: each may be a duplicate execution"""
+        self.repeated_here = 0
+        """deliveries of requests that were still running in this worker, and were not started again"""
+
+    @property
+    def running(self) -> int:
+        """Requests that were taken and have not ended."""
+        return len(self._progress.running)
+
+    async def start(self, timeout: float) -> None:
+        """Make the queue if it is missing, and begin to take requests. Raises what `QueueAdmin.ensure` raises."""
+        await self._open(timeout)
+        self._task = self._loop.create_task(self._keep_open(), name=f"dynwire-queue-{self._names.endpoint}")
+        self._tick()
+
+    async def _open(self, timeout: float) -> Subscription:
+        self._void.clear()
+        self.queue = await self._admin.ensure(self._names, worker=True, timeout=timeout)
+        # A fresh inbox: what was asked for before has no interest any more, so the server forgets it.
+        self._inbox = self._new_inbox()
+        self._subscription = await self._subscribe(self._inbox)
+        self._window.reset()
+        self._ask()
+        return self._subscription
+
+    async def _keep_open(self) -> None:
+        """Begin anew whenever the server has forgotten us: reconnected, consumer or stream deleted, leader changed."""
+        pause = PAUSE_S
+        while True:
+            await self._void.wait()
+            await self._subscription.drain()
+            while True:
+                try:
+                    await self._open(REOPEN_TIMEOUT_S)
+                    pause = PAUSE_S
+                    break
+                except DynwireError as error:
+                    logger.warning("%s takes no durable requests at the moment: %s", self._names.endpoint, error)
+                    await asyncio.sleep(pause)
+                    pause = min(2 * pause, MAX_PAUSE_S)
+
+    def reopen(self) -> None:
+        """The connection to the NATS server is up again, or what we asked it is void for another reason."""
+        self._window.reset()
+        self._void.set()
+
+    def _ask(self) -> None:
+        now = self._loop.time()
+        count = 0 if self._stopping or self._void.is_set() else self._window.wanted(self.running, now)
+        if count:
+            self._window.sent(count, now)
+            self._publish(pull_subject(self._names), pull_request(count), self._inbox)
+
+    def take(self, reply: bytes) -> Delivery | None:
+        """A message with the reply subject ``reply`` was delivered. None: it is dealt with, do not run it.
+
+        What is returned must be given to `finished` exactly once.
+        """
+        now = self._loop.time()
+        delivery = Delivery.parse(reply)
+        self._window.delivered(now)
+        if self._stopping:
+            self._publish(reply.decode(), NAK, "")
+            return None
+        self.taken += 1
+        here = self._progress.running.get(delivery.seq)
+        if here is not None:
+            # We were silent for too long (a blocked loop, a stopped process), and got our own request again.
+            self.repeated_here += 1
+            here.ack = delivery.ack
+            self._publish(reply.decode(), PROGRESS, "")
+            return None
+        if delivery.attempt > 1:
+            self.redelivered += 1
+        self._progress.add(delivery, now)
+        return delivery
+
+    def on_status(self, code: int, text: str, left: int | None) -> None:
+        """A message without a request: a heartbeat, or why a question ended."""
+        if self._window.status(code, left, self._loop.time()):
+            self._ask()
+            return
+        if not self._stopping:
+            logger.info("the queue of %s answered %d %s: asking anew", self._names.endpoint, code, text)
+            self.reopen()
+
+    def finished(self, delivery: Delivery, verdict: bytes) -> None:
+        """The request has ended and its reply was handed over: `ACK`, `NAK` (another worker shall have it) or `TERM`."""
+        if self._progress.remove(delivery):
+            self._publish(delivery.ack.decode(), verdict, "")
+            self._ask()
+
+    def _tick(self) -> None:
+        now = self._loop.time()
+        for delivery in self._progress.due(now):
+            self._publish(delivery.ack.decode(), PROGRESS, "")
+        if self._window.silent(now):
+            self.reopen()
+        self._ask()
+        self._timer = self._loop.call_later(min(1.0, self._progress.interval / 2), self._tick)
+
+    async def stop(self) -> None:
+        """Take no more requests, give back at once what arrives nevertheless. Those that run are reported until they end."""
+        if self._stopping:
+            return
+        self._stopping = True
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            await self._subscription.drain()
+
+    def close(self) -> None:
+        """After `stop`, when no request runs any more: end the timer. What still runs is given to another worker, at once."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        for delivery in tuple(self._progress.running.values()):
+            self.finished(delivery, NAK)
