@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, ConnectError
@@ -45,6 +45,7 @@ async def read_log(
     Raises `ConfigError` if nothing is recorded for the endpoint, `ConnectError` if JetStream does not answer.
     """
     from nats.errors import Error as NatsError
+    from nats.errors import TimeoutError as NatsTimeout
     from nats.js import api
     from nats.js.errors import NotFoundError
 
@@ -62,8 +63,8 @@ async def read_log(
             await js.stream_info(names.log_stream)
         except NotFoundError as error:
             raise ConfigError(
-                f"no requests of {names.endpoint} are kept for replay: set DYNWIRE_NATS_REPLAY_RETENTION (seconds) for its workers, "
-                "which then record from there on",
+                f"no requests of {names.endpoint} are kept for replay: set DYNWIRE_NATS_REPLAY_RETENTION (seconds) for its "
+                "workers; what is sent to them from then on is kept",
                 name="DYNWIRE_NATS_REPLAY_RETENTION",
                 value=0,
                 allowed="a number of seconds",
@@ -72,11 +73,15 @@ async def read_log(
         try:
             left = (await reader.consumer_info()).num_pending or 0
             while left > 0:
-                for message in await reader.fetch(min(left, BATCH), timeout=API_TIMEOUT_S):
-                    left = message.metadata.num_pending
-                    copy = _copy(
-                        message.headers or {}, message.data, message.metadata.sequence.stream, message.metadata.timestamp
-                    )
+                try:
+                    messages = await reader.fetch(min(left, BATCH), timeout=API_TIMEOUT_S)
+                except NatsTimeout:  # the log forgot them in the meantime, or the server is gone, which the question finds out
+                    left = (await reader.consumer_info()).num_pending or 0
+                    continue
+                for message in messages:
+                    metadata = message.metadata
+                    left = metadata.num_pending
+                    copy = _copy(message.headers or {}, message.data, metadata.sequence.stream, metadata.timestamp)
                     if until is not None and copy.stored_at >= until:
                         return
                     if since is None or copy.stored_at >= since:
@@ -100,7 +105,7 @@ def _copy(headers: dict[str, str], payload: bytes, seq: int, recorded_at: dateti
     return Copy(
         seq=seq,
         id=headers.get(MSG_ID, ""),
-        stored_at=stored_at.astimezone(timezone.utc),
+        stored_at=stored_at.astimezone(UTC),
         headers=kept,
         payload=payload,
         replay_of=kept.get(REPLAY_OF, ""),

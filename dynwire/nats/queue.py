@@ -247,7 +247,10 @@ def log_config(names: QueueNames, config: NatsConfig) -> StreamConfig:
 
 
 def consumer_config(config: NatsConfig) -> ConsumerConfig:
-    """What all workers of an endpoint take from. Unlimited deliveries: a worker counts them, so that the caller hears of the end."""
+    """What all workers of an endpoint take from.
+
+    Deliveries are not limited here: a worker counts them, so that the caller is told when there were too many.
+    """
     from nats.js import api
 
     return api.ConsumerConfig(
@@ -427,7 +430,7 @@ class QueueAdmin:
         try:
             info = await self._js.stream_info(wanted.name)
         except NotFoundError:
-            # Two that make it at the same moment with equal settings both succeed; with others the second is told, and looks again.
+            # Two make it at the same moment: with equal settings both succeed, with others the second is told and looks again.
             try:
                 return await self._js.add_stream(wanted)
             except APIError as error:
