@@ -317,8 +317,8 @@ class Queue:
     clock_offset: float
     """seconds that the NATS server's clock is ahead of ours"""
 
-    def expires_at(self, delivery: Delivery, timeout: float | None, now: float) -> float:
-        """When a request ends, on the caller's clock ``now``: Unix time here, in seconds.
+    def expires_at(self, delivery: Delivery, timeout: float | None) -> float:
+        """When a request ends, by the clock of this host: Unix time in seconds. ``timeout`` is the one it was sent with.
 
         Counted from the moment the server stored it, by its clock, so that the clocks of callers need not be right.
         """
