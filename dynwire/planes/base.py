@@ -168,6 +168,9 @@ class AsyncRequestPlaneServer(ABC):
     def add_endpoint(self, endpoint: str, handler: Handler) -> None:
         """Serve ``namespace.component.endpoint``. Raises `ConfigError` if it is already served."""
 
+    async def endpoint_ready(self, endpoint: str) -> None:  # noqa: B027  # most planes have nothing to wait for
+        """Wait until the endpoint takes requests, where that needs more than `add_endpoint`; raises why it never will."""
+
     @abstractmethod
     async def remove_endpoint(self, endpoint: str, grace: float = 0.0) -> int:
         """Refuse new requests, wait up to ``grace`` seconds for those in flight, kill the rest; returns how many were killed."""

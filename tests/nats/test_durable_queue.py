@@ -403,8 +403,8 @@ async def test_what_is_given_back_goes_to_another_at_once(tmp_path: Path) -> Non
 async def test_nothing_is_held_by_a_worker_that_stopped(tmp_path: Path) -> None:
     """Requests arrive while a worker stops: each is given back.
 
-    The server can lose one between taking it for us and hearing that we take no more (nats-server 2.15.1, one of 4,000 here); that
-    one comes after the time that the queue waits for a silent worker.
+    The server can lose one between taking it for us and hearing that we take no more (nats-server 2.15.1, one of 4,000 here);
+    that one comes after the time that the queue waits for a silent worker.
     """
     config = dataclasses.replace(CONFIG, queue_ack_wait=5.0)
     async with served(tmp_path) as server, connected(server) as client, connected(server) as other:
