@@ -41,7 +41,9 @@ class Moment(click.ParamType):
                 return datetime.now(UTC) - timedelta(seconds=float(ago[1]) * _UNITS[ago[2]])
             return datetime.fromisoformat(value).astimezone(UTC)
         except (ValueError, OverflowError):
-            self.fail(f"{value!r} is neither a time such as 2025-01-31T12:00:00 nor an age such as 90s, 10m, 2h or 3d", param, ctx)
+            self.fail(
+                f"{value!r} is neither a time such as 2025-01-31T12:00:00 nor an age such as 90s, 10m, 2h or 3d", param, ctx
+            )
 
 
 @dataclass

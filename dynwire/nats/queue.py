@@ -221,6 +221,9 @@ def queue_config(names: QueueNames, config: NatsConfig, ttl: bool = True) -> Str
         duplicate_window=min(config.queue_duplicate_window, config.queue_max_age),
         # Requests carry their own time to live, so that those of dead callers do not fill the queue.
         allow_msg_ttl=True if ttl else None,
+        # Microseconds since 1970, more than requests can have been stored in: the numbers of a queue that was lost and made anew
+        # are no numbers of the old one, so that nobody takes back somebody else's request.
+        first_seq=time.time_ns() // 1000,
         republish=api.RePublish(src=names.subject, dest=names.log_subject) if recording else None,
         metadata={OWNER: "1"},
     )
@@ -464,7 +467,7 @@ class QueueAdmin:
         logger.warning(
             "the stream %s of %s had other settings than this worker; changed: %s", wanted.name, names.endpoint, changes
         )
-        return await self._js.update_stream(wanted)
+        return await self._js.update_stream(wanted, first_seq=found.first_seq)
 
     async def _consumer(self, names: QueueNames, worker: bool) -> None:
         """Workers make it; a caller does not need it, and a queue without workers keeps its requests."""
