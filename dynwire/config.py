@@ -427,6 +427,36 @@ class NatsConfig(_Part):
     request_mode: str = setting(
         "core", "DYN_NATS_REQUEST_MODE", Choice("core", "jetstream"), "jetstream: requests survive an absent worker"
     )
+    connect_timeout: float = setting(
+        3.0, "DYNWIRE_NATS_CONNECT_TIMEOUT", _seconds(0.01), "until a server has answered, for each attempt too", unit="s"
+    )
+    wait: bool = setting(
+        True, "DYNWIRE_NATS_WAIT", Flag(), "wait for an absent server at start, up to the connect timeout; false: fail at once"
+    )
+    ping_interval: float = setting(
+        3.0, "DYNWIRE_NATS_PING_INTERVAL", _seconds(0.01), "ping the server; after two unanswered ones it counts as lost", unit="s"
+    )
+    port: str = setting(
+        "auto",
+        "DYNWIRE_NATS_PORT",
+        Choice("auto", "fast", "plain"),
+        "fast: compiled path through nats-py's transport; plain: its public API only; auto: fast where it is possible",
+    )
+    tls_ca: str | None = setting(
+        None,
+        "DYNWIRE_NATS_TLS_CA",
+        Optional_(Text()),
+        "PEM file of the authorities to trust for tls:// and for servers that demand TLS",
+        default_text="the system's",
+    )
+    tls_cert: str | None = setting(
+        None, "DYNWIRE_NATS_TLS_CERT", Optional_(Text()), "PEM file of our certificate, for a server that wants one"
+    )
+    tls_key: str | None = setting(
+        None, "DYNWIRE_NATS_TLS_KEY", Optional_(Text()), "PEM file of its key", default_text="in the certificate's file"
+    )
+    tls_handshake_first: bool = setting(
+        False, "DYNWIRE_NATS_TLS_HANDSHAKE_FIRST", Flag(), "TLS before the server's INFO, as servers with handshake_first want it"
     # Durable requests (request_mode jetstream). JetStream counts in nanoseconds; its duplicate window is at least 100 ms.
     queue_max_age: float = setting(
         3600.0,

@@ -23,7 +23,7 @@ LAYERS = (
     # protocols without I/O; codec turns objects into payloads
     ("wire", "codec", "_httpwire"),
     # what moves bytes and waits, and what every plane needs to run a call
-    ("streams", "_awaitable", "_tcpio", "_httpio", "portal", "calls", "handlers"),
+    ("streams", "_awaitable", "_tcpio", "_httpio", "_natsport", "nats", "portal", "calls", "handlers"),
     ("planes", "event_plane", "discovery"),
     ("manager", "runtime", "endpoint", "client", "service", "routing", "migration", "replies", "kv_router"),
     ("workers", "frontend", "mocker", "vllm"),

@@ -1,1 +1,5 @@
-"""NATS: what the nats plane, the event planes and discovery over NATS share."""
+"""NATS: the connection that the request plane, events and discovery share."""
+
+from .connection import NatsConnection
+
+__all__ = ["NatsConnection"]
