@@ -424,6 +424,12 @@ class NatsConfig(_Part):
     credentials_file: str | None = setting(
         None, "NATS_AUTH_CREDENTIALS_FILE", Optional_(Text()), "path, used if none of the above is set"
     )
+    prefix: str = setting(
+        "dynwire",
+        "DYNWIRE_NATS_PREFIX",
+        Text("letters, digits, '_' and '-' in parts separated by dots", r"[A-Za-z0-9_-]{1,64}(\.[A-Za-z0-9_-]{1,64}){0,7}"),
+        "begins every subject, stream and bucket; deployments that share a NATS server need different ones",
+    )
     request_mode: str = setting(
         "core", "DYN_NATS_REQUEST_MODE", Choice("core", "jetstream"), "jetstream: requests survive an absent worker"
     )

@@ -16,6 +16,7 @@ import contextlib
 import ctypes
 import faulthandler
 import gc
+import importlib
 import inspect
 import io
 import logging
@@ -62,6 +63,9 @@ def pytest_configure(config: pytest.Config) -> None:
         "leaks_ok(reason): the test leaves something behind on purpose",
     ):
         config.addinivalue_line("markers", line)
+    # registered by its entry point where the package is installed as it is now; not in a source tree beside an older installation
+    if not config.pluginmanager.has_plugin("dynwire"):
+        config.pluginmanager.register(importlib.import_module("dynwire.testing.pytest_plugin"), "dynwire")
     config.stash[STDERR] = os.dup(2)  # the real one: pytest captures descriptor 2 while tests run
 
 

@@ -1,1 +1,1 @@
-"""What users can test their own services with: the fault proxy (`dynwire.testing.proxy`). The memory plane needs no import."""
+"""What users can test services with: the fault proxy (`dynwire.testing.proxy`), fixtures (`dynwire.testing.pytest_plugin`)."""
