@@ -440,7 +440,11 @@ class NatsConfig(_Part):
         True, "DYNWIRE_NATS_WAIT", Flag(), "wait for an absent server at start, up to the connect timeout; false: fail at once"
     )
     ping_interval: float = setting(
-        3.0, "DYNWIRE_NATS_PING_INTERVAL", _seconds(0.01), "ping the server; after two unanswered ones it counts as lost", unit="s"
+        3.0,
+        "DYNWIRE_NATS_PING_INTERVAL",
+        _seconds(0.01),
+        "ping the server; after two unanswered ones it counts as lost",
+        unit="s",
     )
     port: str = setting(
         "auto",
@@ -463,6 +467,7 @@ class NatsConfig(_Part):
     )
     tls_handshake_first: bool = setting(
         False, "DYNWIRE_NATS_TLS_HANDSHAKE_FIRST", Flag(), "TLS before the server's INFO, as servers with handshake_first want it"
+    )
     # Durable requests (request_mode jetstream). JetStream counts in nanoseconds; its duplicate window is at least 100 ms.
     queue_max_age: float = setting(
         3600.0,

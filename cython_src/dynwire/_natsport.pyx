@@ -421,11 +421,15 @@ cdef class FastPort(PortBase):
 
     def drop(self, uint64_t sid, subscription):
         """End a subscription; effective at once."""
+        self.sinks.pop(sid, None)
+        if self.socket is not None:
+            self.socket.parser.forget_sink(sid)
+        self.retire(sid, subscription)
+
+    def retire(self, uint64_t sid, subscription):
+        """Tell the server to send no more of a subscription; what is on its way still reaches its sink."""
         cdef PortSocket socket = self.socket
         cdef bytes line
-        self.sinks.pop(sid, None)
-        if socket is not None:
-            socket.parser.forget_sink(sid)
         if self.client._subs.pop(sid, None) is not None:
             subscription._closed = True
             subscription._stop_processing()
@@ -654,6 +658,21 @@ class PortSubscription:
         """No message of it is delivered any more; a batch that has begun is still ended. May be called twice."""
         port, self._port = self._port, None
         if port is not None:
+            port.drop(self._sid, self._subscription)
+
+    async def drain(self, timeout=1.0):
+        """The same, but what the server has sent before it heard of it is still delivered; waits ``timeout`` s for that at most."""
+        from nats.errors import Error
+
+        port, self._port = self._port, None
+        if port is None:
+            return
+        port.retire(self._sid, self._subscription)
+        try:
+            await port.client.flush(timeout=timeout)
+        except (Error, OSError):
+            pass  # the connection is gone, and what was on its way with it
+        finally:
             port.drop(self._sid, self._subscription)
 
 

@@ -10,9 +10,13 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import click
+import msgspec
+import orjson
 
+from ..codec import KIND_JSON, KIND_MSGPACK
 from ..config import Config, load_config
 from ..errors import DynwireError
+from ..nats.queue import REPLAY_OF
 from ..types import EndpointId
 from . import tables
 from ._common import Command, describe_error, json_option, run_async, settings_options, to_json
@@ -143,3 +147,46 @@ async def _replay(
     if not as_json:
         click.echo(", ".join(f"{count} {what}" for what, count in results.items()) or "no requests in that time")
     return 1 if set(results) - {"answered", "found", "replays left out"} else 0
+
+
+async def _send(clients: dict[str, AsyncClient], copy: Copy, timeout: float | None) -> Outcome:
+    """Send one request again and count its reply's items."""
+    from .._context import Context
+
+    context = Context(headers=copy.headers | {REPLAY_OF: copy.id})
+    outcome = Outcome(copy)
+    started = asyncio.get_running_loop().time()
+    payload, codec = _as_it_was(copy)
+    try:
+        async with clients[codec].stream(payload, timeout=timeout or copy.timeout, context=context) as stream:
+            outcome.new_id = stream.context.id or ""
+            async for _ in stream:
+                outcome.items += 1
+    except DynwireError as error:
+        outcome.error = error
+    outcome.seconds = asyncio.get_running_loop().time() - started
+    return outcome
+
+
+def _as_it_was(copy: Copy) -> tuple[Any, str]:
+    """``(what to send, the codec to send it with)`` so that the same bytes arrive in the same codec."""
+    if copy.kind == KIND_MSGPACK:
+        return msgspec.Raw(copy.payload), "msgpack"
+    if copy.kind == KIND_JSON:
+        return orjson.Fragment(copy.payload), "json"
+    return copy.payload, "msgpack"
+
+
+def _print(outcome: Outcome, as_json: bool) -> None:
+    copy, error = outcome.copy, outcome.error
+    if as_json:
+        row: dict[str, Any] = {"id": copy.id, "stored_at": copy.stored_at, "bytes": len(copy.payload)}
+        if outcome.new_id:
+            row |= {"new_id": outcome.new_id, "items": outcome.items, "seconds": round(outcome.seconds, 6)}
+            row["error"] = None if error is None else error.to_dict()
+        click.echo(to_json(row))
+    elif error is not None:
+        click.echo(f"{copy.id}  {describe_error(error)}")
+    else:
+        what = f"{outcome.items} items in {tables.duration(outcome.seconds)}" if outcome.new_id else f"{len(copy.payload)} bytes"
+        click.echo(f"{copy.id}  {copy.stored_at.isoformat(timespec='milliseconds')}  {what}")

@@ -8,16 +8,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import msgspec
 
+from .._natsproto import UP
 from ..errors import DynwireError
 from .queue import CONSUMER, NAK, PAUSE_S, PROGRESS, Delivery, Queue, QueueAdmin, QueueNames
 
 if TYPE_CHECKING:
+    from .._natsport import PortSubscription
+    from .._natsproto import MessageSink
     from ..config import NatsConfig
+    from .connection import NatsConnection
 
 logger = logging.getLogger("dynwire.nats")
 
@@ -102,10 +105,6 @@ def pull_request(count: int) -> bytes:
     return msgspec.json.encode({"batch": count, "expires": int(PULL_EXPIRES_S * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)})
 
 
-def pull_subject(names: QueueNames) -> str:
-    return f"$JS.API.CONSUMER.MSG.NEXT.{names.stream}.{CONSUMER}"
-
-
 class Progress:
     """Which running requests must be reported as still running, so that the queue gives them to nobody else."""
 
@@ -133,46 +132,32 @@ class Progress:
         return found
 
 
-class Subscription(Protocol):
-    """What `QueueConsumer` needs of a subscription."""
-
-    async def drain(self) -> None:
-        """Tell the server to send no more, take what it has sent until then, end."""
-
-
 class QueueConsumer:
     """Takes the requests of one endpoint from its queue, as many as this worker can run. All methods: the loop's thread.
 
-    The plane's own code receives the messages of ``subscribe(inbox)`` and calls `take` or `on_status` for each, and `finished`
-    when a request has ended. ``publish(subject, payload, reply)`` must keep the order of what is published on the connection:
-    a request is acknowledged after its reply, so that a worker that dies in between causes a second reply, never none.
+    ``sink`` receives the messages of a subscription: the plane's own code, which calls `take` or `on_status` for each, and
+    `finished` when a request has ended, after it handed the reply to the same connection. In that order: a worker that dies
+    in between causes a second reply, never none.
     """
 
-    def __init__(
-        self,
-        admin: QueueAdmin,
-        names: QueueNames,
-        config: NatsConfig,
-        *,
-        publish: Callable[[str, bytes, str], None],
-        subscribe: Callable[[str], Awaitable[Subscription]],
-        new_inbox: Callable[[], str],
-        limit: int,
-    ) -> None:
-        self._admin = admin
+    def __init__(self, connection: NatsConnection, names: QueueNames, config: NatsConfig, sink: MessageSink, limit: int) -> None:
+        self._connection = connection
+        self._admin = QueueAdmin(connection.client, config)
         self._names = names
-        self._config = config
-        self._publish = publish
-        self._subscribe = subscribe
-        self._new_inbox = new_inbox
+        self._sink = sink
         self._loop = asyncio.get_running_loop()
         self._window = PullWindow(min(limit, config.queue_max_in_flight))
         self._progress = Progress(config.queue_ack_wait)
+        self._pull_subject = f"$JS.API.CONSUMER.MSG.NEXT.{names.stream}.{CONSUMER}".encode()
+        self._inbox = b""
+        self._subscription: PortSubscription | None = None
+        self._unsaid: list[tuple[bytes, bytes]] = []
+        """acknowledgements that wait for the connection"""
+        self._void = asyncio.Event()
+        self._stopping = False
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
-        self._void = asyncio.Event()
-        self._inbox = ""
-        self._stopping = False
+        self._forget_state = connection.on_state(self._on_state)
         self.queue: Queue | None = None
         """as it was found last; None before `start`"""
         self.taken = 0
@@ -189,58 +174,81 @@ class QueueConsumer:
 
     async def start(self, timeout: float) -> None:
         """Make the queue if it is missing, and begin to take requests. Raises what `QueueAdmin.ensure` raises."""
-        await self._open(timeout)
+        try:
+            await self._open(timeout)
+        except BaseException:
+            self.close()
+            raise
         self._task = self._loop.create_task(self._keep_open(), name=f"dynwire-queue-{self._names.endpoint}")
         self._tick()
 
-    async def _open(self, timeout: float) -> Subscription:
+    async def _open(self, timeout: float) -> None:
         self._void.clear()
         self.queue = await self._admin.ensure(self._names, worker=True, timeout=timeout)
         # A fresh inbox: what was asked for before has no interest any more, so the server forgets it.
-        self._inbox = self._new_inbox()
-        self._subscription = await self._subscribe(self._inbox)
+        inbox = self._connection.client.new_inbox()
+        self._subscription = await self._connection.subscribe(inbox, self._sink)
+        self._inbox = inbox.encode()
         self._window.reset()
         self._ask()
-        return self._subscription
 
     async def _keep_open(self) -> None:
         """Begin anew whenever the server has forgotten us: reconnected, consumer or stream deleted, leader changed."""
         pause = PAUSE_S
         while True:
             await self._void.wait()
-            await self._subscription.drain()
-            while True:
-                try:
-                    await self._open(REOPEN_TIMEOUT_S)
-                    pause = PAUSE_S
-                    break
-                except DynwireError as error:
-                    logger.warning("%s takes no durable requests at the moment: %s", self._names.endpoint, error)
-                    await asyncio.sleep(pause)
-                    pause = min(2 * pause, MAX_PAUSE_S)
+            await self._end_subscription()
+            try:
+                await self._open(REOPEN_TIMEOUT_S)
+                pause = PAUSE_S
+            except DynwireError as error:
+                self._void.set()
+                logger.warning("%s takes no durable requests at the moment: %s", self._names.endpoint, error)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, MAX_PAUSE_S)
 
-    def reopen(self) -> None:
-        """The connection to the NATS server is up again, or what we asked it is void for another reason."""
+    async def _end_subscription(self) -> None:
+        subscription, self._subscription = self._subscription, None
+        if subscription is not None:
+            await subscription.drain()
+
+    def _on_state(self, state: int, error: BaseException | None) -> None:
+        if state == UP:
+            unsaid, self._unsaid = self._unsaid, []
+            for subject, word in unsaid:
+                self._say(subject, word)
+        self._reopen()
+
+    def _reopen(self) -> None:
+        """What we have asked is void."""
         self._window.reset()
         self._void.set()
 
     def _ask(self) -> None:
         now = self._loop.time()
-        count = 0 if self._stopping or self._void.is_set() else self._window.wanted(self.running, now)
+        if self._stopping or self._void.is_set() or not self._connection.up:
+            return
+        count = self._window.wanted(self.running, now)
         if count:
             self._window.sent(count, now)
-            self._publish(pull_subject(self._names), pull_request(count), self._inbox)
+            self._connection.port.send(self._pull_subject, pull_request(count), self._inbox)
+
+    def _say(self, subject: bytes, word: bytes) -> None:
+        if self._connection.up:
+            self._connection.port.send(subject, word)
+        elif word is not PROGRESS:
+            self._unsaid.append((subject, word))
 
     def take(self, reply: bytes) -> Delivery | None:
         """A message with the reply subject ``reply`` was delivered. None: it is dealt with, do not run it.
 
-        What is returned must be given to `finished` exactly once.
+        What is returned must be given to `finished` exactly once. Raises `ProtocolError` if JetStream did not send it.
         """
         now = self._loop.time()
         delivery = Delivery.parse(reply)
         self._window.delivered(now)
         if self._stopping:
-            self._publish(reply.decode(), NAK, "")
+            self._say(reply, NAK)
             return None
         self.taken += 1
         here = self._progress.running.get(delivery.seq)
@@ -248,7 +256,7 @@ class QueueConsumer:
             # We were silent for too long (a blocked loop, a stopped process), and got our own request again.
             self.repeated_here += 1
             here.ack = delivery.ack
-            self._publish(reply.decode(), PROGRESS, "")
+            self._say(reply, PROGRESS)
             return None
         if delivery.attempt > 1:
             self.redelivered += 1
@@ -259,39 +267,38 @@ class QueueConsumer:
         """A message without a request: a heartbeat, or why a question ended."""
         if self._window.status(code, left, self._loop.time()):
             self._ask()
-            return
-        if not self._stopping:
+        elif not self._stopping:
             logger.info("the queue of %s answered %d %s: asking anew", self._names.endpoint, code, text)
-            self.reopen()
+            self._reopen()
 
     def finished(self, delivery: Delivery, verdict: bytes) -> None:
         """The request has ended and its reply was handed over: `ACK`, `NAK` (another worker shall have it) or `TERM`."""
         if self._progress.remove(delivery):
-            self._publish(delivery.ack.decode(), verdict, "")
+            self._say(delivery.ack, verdict)
             self._ask()
 
     def _tick(self) -> None:
         now = self._loop.time()
         for delivery in self._progress.due(now):
-            self._publish(delivery.ack.decode(), PROGRESS, "")
+            self._say(delivery.ack, PROGRESS)
         if self._window.silent(now):
-            self.reopen()
+            self._reopen()
         self._ask()
         self._timer = self._loop.call_later(min(1.0, self._progress.interval / 2), self._tick)
 
     async def stop(self) -> None:
         """Take no more requests, give back at once what arrives nevertheless. Those that run are reported until they end."""
-        if self._stopping:
-            return
         self._stopping = True
-        if self._task is not None:
-            self._task.cancel()
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
-                await self._task
-            await self._subscription.drain()
+                await task
+        await self._end_subscription()
 
     def close(self) -> None:
         """After `stop`, when no request runs any more: end the timer. What still runs is given to another worker, at once."""
+        self._forget_state()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

@@ -372,7 +372,7 @@ class QueueAdmin:
                 if not silent and error.err_code not in JS_TEMPORARY:
                     raise self._translated(names, error) from error
                 last = error
-            except NatsError as error:  # timeouts, and a connection that is being made anew
+            except (NatsError, OSError) as error:  # timeouts, and a connection that is being made anew
                 last = error
             if time.monotonic() - start >= timeout:
                 raise ConnectError(
