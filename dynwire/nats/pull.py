@@ -33,7 +33,7 @@ MAX_PAUSE_S = 2.0
 PULL_EXPIRES_S = 30.0
 """a question that the queue has not answered completely after this time is asked anew"""
 
-HEARTBEAT_S = 5.0
+HEARTBEAT_S = 2.0
 """so often the server shows that a question is still waiting"""
 
 SILENT_AFTER_S = 2.5 * HEARTBEAT_S

@@ -459,9 +459,27 @@ async def test_a_worker_goes_on_after_a_restart_of_the_server(server: NatsServer
 
 async def test_a_worker_goes_on_after_its_consumer_was_deleted(server: NatsServer) -> None:
     async with connected(server) as client, Worker(client) as worker:
+        await until(lambda: is_asked(client))
         await client.client.jetstream().delete_consumer(NAMES.stream, "workers")
         await publish(client, "a")
         await worker.next()
+
+
+async def is_asked(client: NatsConnection) -> bool:
+    return ((await client.client.jetstream().consumer_info(NAMES.stream, "workers")).num_waiting or 0) > 0
+
+
+async def test_a_question_that_was_lost_is_asked_again(server: NatsServer) -> None:
+    """A consumer that is deleted before the question arrives says nothing to it."""
+    async with connected(server) as client:
+        worker = Worker(client)
+        await worker.consumer._admin.ensure(NAMES, worker=True, timeout=5.0)
+        await client.client.subscribe("nobody.answers")
+        real, worker.consumer._pull_subject = worker.consumer._pull_subject, b"nobody.answers"
+        async with worker:
+            worker.consumer._pull_subject = real
+            await publish(client, "a")
+            await worker.next()
 
 
 async def test_the_end_of_a_request_counts_from_when_it_was_stored(server: NatsServer) -> None:
