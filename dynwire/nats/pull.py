@@ -14,7 +14,7 @@ import msgspec
 
 from .._natsproto import UP
 from ..errors import DynwireError
-from .queue import CONSUMER, NAK, PAUSE_S, PROGRESS, Delivery, Queue, QueueAdmin, QueueNames
+from .queue import CONSUMER, MAX_PAUSE_S, NAK, PAUSE_S, PROGRESS, Delivery, Queue, QueueAdmin, QueueNames
 
 if TYPE_CHECKING:
     from .._natsport import PortSubscription
@@ -26,9 +26,6 @@ logger = logging.getLogger("dynwire.nats")
 
 REOPEN_TIMEOUT_S = 5.0
 """for one attempt to find the queue again; there is another one after it"""
-
-MAX_PAUSE_S = 2.0
-"""between those attempts"""
 
 PULL_EXPIRES_S = 30.0
 """a question that the queue has not answered completely after this time is asked anew"""

@@ -44,6 +44,9 @@ API_TIMEOUT_S = 2.0
 PAUSE_S = 0.1
 """between two attempts while JetStream has no leader or is starting"""
 
+MAX_PAUSE_S = 2.0
+"""the longest pause between attempts to find a queue again"""
+
 DISABLED_AFTER_S = 2.0
 """nobody answers questions to JetStream: a server that is just starting, for so long, after that one without JetStream"""
 
