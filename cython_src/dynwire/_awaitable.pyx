@@ -343,6 +343,10 @@ cdef class Waiter(StreamBase):
     cdef int fail_with(self, object error, bint direct) except -1:
         return 0
 
+    cdef bint restart(self) except -1:
+        """The request is run anew: forget what has come of the run before. False if the application has had some of it."""
+        return True
+
     cdef int rearm(self) except -1:
         cdef double when = min(self.total_deadline, self.phase_deadline)
         if self.conn is not None:
@@ -451,6 +455,10 @@ cdef class CallFuture(Waiter):
                 peer=self.channel.peer, phase="reply", sent="yes", request_id=self.request_id(), retryable=False,
             ), True)  # fmt: skip
         return self._succeed(item, kind)
+
+    cdef bint restart(self) except -1:
+        self.value = None
+        return True
 
     cdef int _succeed(self, object item, int kind) except -1:
         if kind == 0 and self.reply_type is None:
@@ -635,6 +643,16 @@ cdef class ItemReader(Waiter):
         if self.waiting:
             return self.wake(True)
         return 0
+
+    cdef bint restart(self) except -1:
+        if self.delivered or self.closed:
+            return False
+        # Their credit goes with them: the new run begins with a full window.
+        self.items.clear()
+        self.head = 0
+        if self.phase == "between_items":
+            self.set_phase("first_item", self.first_item_timeout)
+        return True
 
     cdef int add(self, object item, Py_ssize_t cost) except -1:
         cdef Py_ssize_t n = len(self.items)
@@ -890,6 +908,9 @@ cdef class EndpointEntry:
 cdef class HandlerTask(StreamBase):
     """A running handler: the current task of its code, and the server's end of the stream."""
 
+    def __cinit__(self):
+        self.attempt = 1
+
     def __init__(self):
         raise TypeError("made by the server only")
 
@@ -907,7 +928,7 @@ cdef class HandlerTask(StreamBase):
         context._id = self.in_id
         context._connection_id = conn.connection_id
         context._seq = self.seq
-        context.delivery_count = 1
+        context.delivery_count = self.attempt
         self.context = context
         entry.in_flight += 1
         entry.started += 1
@@ -1305,6 +1326,7 @@ cdef class HandlerTask(StreamBase):
         self.in_id = None
         self.under = None
         self.reply_kind_ = 0
+        self.attempt = 1
         self.state = 0
         self.refund = 0
         self.timer = INFINITY
