@@ -53,12 +53,16 @@ cdef class PortBase(MessagePort):
 cdef class FastPort(PortBase):
     cdef readonly PortSocket socket
     cdef bint want_tls
+    cdef int unsubscribe(self, uint64_t sid, object subscription) except -1
 
 cdef class PlainPort(PortBase):
-    cdef object queue                       # deque of what waits for nats-py
+    cdef object queue                       # deque of (subject, payload, reply, headers), or of a subscription that ends
     cdef size_t queued_bytes
     cdef object work                        # future that the pump waits for, or None
     cdef object pump_task
-    cdef list arrived                       # (sink, message), to be delivered from a callback of the loop
-    cdef dict subscriptions
+    cdef list arrived                       # (number, message), to be delivered from a callback of the loop
     cdef uint64_t next_id
+    cdef object watch_handle                # timer of watch()
+    cdef bint was_reconnecting
+
+    cdef int wake_pump(self) except -1

@@ -1,8 +1,8 @@
 """Ports to a NATS server: the compiled one, which takes the place of nats-py's transport and parser, and one over its public API.
 
 The fast port sits where nats-py 2.16 has its seams: ``Client._transport`` and ``Client._ps``. Connecting, authentication, TLS,
-reconnecting, JetStream and everything else stay nats-py's and go through it in order. What comes for a subscription with a sink is
-delivered in the callback of the loop that read it; every other operation waits for nats-py's reading task.
+reconnecting, JetStream and everything else stay nats-py's and go through it in order. What comes for a subscription with a sink
+is delivered in the callback of the loop that read it; every other operation waits for nats-py's reading task.
 
 All of it belongs to the thread of the loop.
 """
@@ -17,10 +17,8 @@ from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint64_t
 
-from ._buffers cimport Block
 from ._bytes cimport dw_chunk
 from ._natsproto cimport (
-    OP_ERR,
     OP_INFO,
     OP_MSG,
     OP_PING,
@@ -32,9 +30,10 @@ from ._natsproto cimport (
     MessageSink,
     NatsParser,
     NatsWriter,
+    check_subject,
 )
 
-from .errors import ManagerClosed, MessageTooLarge, PeerLost, PermissionDenied, ProtocolError
+from .errors import ManagerClosed, MessageTooLarge, PeerLost, ProtocolError
 
 logger = logging.getLogger("dynwire.nats")
 
@@ -67,15 +66,21 @@ cdef enum:
     LAST_EARLY_FLUSH = 65536      # the last one, and the one outside of read callbacks
     OTHERS_BYTES = 4194304        # operations that wait for nats-py, from which the socket is not read
     CHUNKS = 16
+    QUEUE_OVERHEAD = 256          # what a message in the plain port's queue costs beside its payload
 
 cdef double CLOSE_GRACE_S = 0.5   # for what is unsent when nats-py closes a connection; a frozen server would never take it
 
 
+cdef int report_sink(object loop, MessageSink sink, object error) except -1:
+    loop.call_exception_handler({
+        "message": f"a message from the NATS server was lost: {type(sink).__name__} raised", "exception": error,
+    })  # fmt: skip
+    return 0
+
+
 cdef class PortParser(NatsParser):
     cdef int sink_failed(self, MessageSink sink, object error) except -1:
-        self.loop.call_exception_handler({
-            "message": f"a message from the NATS server was lost: {type(sink).__name__} raised", "exception": error,
-        })  # fmt: skip
+        report_sink(self.loop, sink, error)
         return 0
 
 
@@ -424,10 +429,14 @@ cdef class FastPort(PortBase):
         self.sinks.pop(sid, None)
         if self.socket is not None:
             self.socket.parser.forget_sink(sid)
-        self.retire(sid, subscription)
+        self.unsubscribe(sid, subscription)
 
-    def retire(self, uint64_t sid, subscription):
-        """Tell the server to send no more of a subscription; what is on its way still reaches its sink."""
+    async def retire(self, uint64_t sid, subscription):
+        """Tell the server to send no more of a subscription; what it had sent before has reached the sink when this returns."""
+        self.unsubscribe(sid, subscription)
+        await self.client.flush()
+
+    cdef int unsubscribe(self, uint64_t sid, object subscription) except -1:
         cdef PortSocket socket = self.socket
         cdef bytes line
         if self.client._subs.pop(sid, None) is not None:
@@ -437,6 +446,7 @@ cdef class FastPort(PortBase):
                 line = b"UNSUB %d\r\n" % sid
                 socket.writer.raw(<const unsigned char *>PyBytes_AS_STRING(line), PyBytes_GET_SIZE(line), None)
                 socket.wrote()
+        return 0
 
     def abort(self):
         """Give the present connection up without a word; nats-py reconnects, unless it is closing."""
@@ -644,6 +654,213 @@ cdef class FastPort(PortBase):
             await self.client._process_op_err(error)
 
 
+cdef dict headers_dict(const unsigned char *headers, size_t n):
+    """What nats-py wants headers as. Of a name that stands there twice the last one stays: nats-py knows one value per name."""
+    cdef dict out = {}
+    for line in headers[:n].split(b"\r\n")[1:]:
+        name, colon, value = line.partition(b":")
+        if colon:
+            out[name.strip().decode("ascii", "replace")] = value.strip().decode("utf-8", "replace")
+    return out
+
+
+cdef bytes headers_block(object headers):
+    """The block that nats-py has taken apart, as near as it can be known."""
+    status = headers.get("Status")
+    description = headers.get("Description")
+    first = "NATS/1.0"
+    if status is not None:
+        first += f" {status}"
+        if description:
+            first += f" {description}"
+    lines = [first]
+    lines += [f"{name}: {value}" for name, value in headers.items() if name not in ("Status", "Description")]
+    return "\r\n".join([*lines, "", ""]).encode("utf-8", "replace")
+
+
+cdef double WATCH_S = 1.0
+
+
+cdef class PlainPort(PortBase):
+    """The same over nats-py's public API: for versions of it and for WebSockets, whose inside the fast port does not know.
+
+    nats-py publishes in coroutines only, so what is published waits in a queue for one task. Its limits on what a subscription
+    may hold are off, because it drops what exceeds them: the credit that sinks give bounds what arrives.
+    """
+
+    def __init__(self, client, loop):
+        super().__init__(client, loop)
+        self.fast = False
+        self.queue = collections.deque()
+        self.arrived = []
+
+    cdef int publish(self, bytes subject, bytes reply, const unsigned char *headers, size_t headers_n,
+                     const unsigned char *payload, size_t n, object owner) except -1:
+        if self.state != PORT_UP or <int64_t>(headers_n + n) > self.max_payload:
+            self.refuse(headers_n + n)
+        check_subject(subject)
+        if reply is not None:
+            check_subject(reply)
+        self.queue.append((
+            subject.decode(), PyBytes_FromStringAndSize(<const char *>payload, n), "" if reply is None else reply.decode(),
+            None if headers is NULL else headers_dict(headers, headers_n),
+        ))  # fmt: skip
+        self.queued_bytes += n + QUEUE_OVERHEAD
+        self.messages_out += 1
+        if self.queued_bytes > CONGESTED_BYTES:
+            self.congested = True
+        return self.wake_pump()
+
+    cdef size_t backlog(self):
+        return self.queued_bytes + <size_t>self.client.pending_data_size
+
+    cdef int wake_pump(self) except -1:
+        work, self.work = self.work, None
+        if work is not None and not work.done():
+            work.set_result(None)
+        return 0
+
+    async def pump(self):
+        """Hands nats-py what was published, in order. nats-py makes it wait while the server does not read."""
+        from nats.errors import Error
+
+        while True:
+            while self.queue:
+                item = self.queue.popleft()
+                try:
+                    if type(item) is tuple:
+                        self.queued_bytes -= len(item[1]) + QUEUE_OVERHEAD
+                        await self.client.publish(*item)
+                    else:
+                        await item.unsubscribe()
+                except Error as error:  # it lost its connection in the meantime, or the subscription has ended with it
+                    logger.debug("nats-py did not take something: %r", error)
+                if self.congested and self.queued_bytes < WRITABLE_BYTES:
+                    self.now_writable()
+            self.work = self.loop.create_future()
+            await self.work
+
+    def up(self):
+        """nats-py has connected. False if the connection is gone again."""
+        if self.state == PORT_CLOSED or not self.client.is_connected:
+            return False
+        self.max_payload = self.client.max_payload
+        self.error = None
+        self.state = PORT_UP
+        if self.pump_task is None:
+            self.pump_task = self.loop.create_task(self.pump())
+            self.watch()
+        self.loop.call_soon(self.tell, PORT_UP, None)
+        return True
+
+    def go_away(self):
+        """nats-py says that the connection is lost: what it was not given is not sent later, when nobody waits for it."""
+        subscriptions = [item for item in self.queue if type(item) is not tuple]
+        self.queue.clear()
+        self.queue.extend(subscriptions)
+        self.queued_bytes = 0
+        self.go_down(None)
+
+    def watch(self):
+        """nats-py 2.16 waits for a frozen server to take what is unsent before it reconnects: end that."""
+        reconnecting = self.state == PORT_UP and self.client.is_reconnecting
+        if reconnecting and self.was_reconnecting:
+            self.abort()
+        self.was_reconnecting = reconnecting
+        self.watch_handle = None if self.state == PORT_CLOSED else self.loop.call_later(WATCH_S, self.watch)
+
+    async def subscribe(self, str subject, MessageSink sink not None, str queue=""):
+        """Deliver the messages of ``subject`` to ``sink``. Returns a `PortSubscription`."""
+        number = self.next_id
+        self.next_id += 1
+        self.sinks[number] = sink
+        try:
+            subscription = await self.client.subscribe(
+                subject, queue=queue, cb=taker(self, number), pending_msgs_limit=0, pending_bytes_limit=0
+            )
+        except BaseException:
+            self.sinks.pop(number, None)
+            raise
+        return PortSubscription(self, number, subscription)
+
+    def take(self, number, message):
+        """A message has come. Called from a task of nats-py's; sinks are called from the loop."""
+        if not self.arrived:
+            self.loop.call_soon(self.deliver)
+        self.arrived.append((number, message))
+
+    def deliver(self):
+        """Hand what has arrived to the sinks."""
+        cdef MessageSink sink
+        cdef bytes subject, reply, payload, headers
+        arrived, self.arrived = self.arrived, []
+        cdef list batch = []
+        for number, message in arrived:
+            sink = self.sinks.get(number)
+            if sink is None:
+                continue
+            subject = message.subject.encode()
+            reply = message.reply.encode()
+            payload = message.data
+            headers = None if message.headers is None else headers_block(message.headers)
+            try:
+                if not any([other is sink for other in batch]):
+                    batch.append(sink)
+                    sink.on_batch(True)
+                sink.on_message(
+                    <const unsigned char *>PyBytes_AS_STRING(subject), PyBytes_GET_SIZE(subject),
+                    <const unsigned char *>PyBytes_AS_STRING(reply), PyBytes_GET_SIZE(reply),
+                    NULL if headers is None else <const unsigned char *>PyBytes_AS_STRING(headers),
+                    0 if headers is None else PyBytes_GET_SIZE(headers),
+                    <const unsigned char *>PyBytes_AS_STRING(payload), PyBytes_GET_SIZE(payload), None,
+                )  # fmt: skip
+            except Exception as error:
+                report_sink(self.loop, sink, error)
+        for sink in batch:
+            try:
+                sink.on_batch(False)
+            except Exception as error:
+                report_sink(self.loop, sink, error)
+
+    def drop(self, number, subscription):
+        """End a subscription; effective at once."""
+        if self.sinks.pop(number, None) is None:
+            return
+        if self.state != PORT_CLOSED:
+            self.queue.append(subscription)
+            self.wake_pump()
+
+    async def retire(self, number, subscription):
+        """As the fast port's."""
+        await subscription.drain()
+        await asyncio.sleep(0)  # what had arrived is delivered from a callback
+        self.sinks.pop(number, None)
+
+    def abort(self):
+        """Give the present connection up; nats-py reconnects, unless it is closing. It has no public way for that."""
+        writer = getattr(getattr(self.client, "_transport", None), "_io_writer", None)
+        if writer is not None:
+            writer.transport.abort()
+
+    async def finished(self):
+        """Wait until nothing of it is on the loop any more."""
+        if self.watch_handle is not None:
+            self.watch_handle.cancel()
+        if self.pump_task is not None:
+            self.pump_task.cancel()
+            await asyncio.wait([self.pump_task])
+        await asyncio.sleep(0)  # the transport's last callback
+
+
+def taker(port, number):
+    """A callback for nats-py, which wants a coroutine function."""
+
+    async def take(message):
+        port.take(number, message)
+
+    return take
+
+
 class PortSubscription:
     """One subscription of a sink."""
 
@@ -667,14 +884,10 @@ class PortSubscription:
         port, self._port = self._port, None
         if port is None:
             return
-        port.retire(self._sid, self._subscription)
         try:
-            await port.client.flush(timeout=timeout)
+            async with asyncio.timeout(timeout):
+                await port.retire(self._sid, self._subscription)
         except (Error, OSError):
             pass  # the connection is gone, and what was on its way with it
         finally:
             port.drop(self._sid, self._subscription)
-
-
-cdef class PlainPort(PortBase):
-    """The same over nats-py's public API."""

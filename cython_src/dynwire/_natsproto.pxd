@@ -28,16 +28,16 @@ cdef class MessageSink:
     """Gets the messages of one or several subscriptions, on the event loop of their connection."""
 
     # ``headers`` is the whole block from "NATS/1.0" to the empty line, or NULL; whoever published it chose its bytes, nobody has
-    # checked them. The memory is valid during the call only, except that ``owner``, if not None, is the Block (_buffers) whose first
-    # ``n`` bytes are the payload, and may be kept. All calls come from callbacks of the loop: no task is running.
+    # checked them. The memory is valid during the call only, except that ``owner``, if not None, is the Block (_buffers) whose
+    # first ``n`` bytes are the payload, and may be kept. All calls come from callbacks of the loop: no task is running.
     cdef int on_message(self, const unsigned char *subject, size_t subject_n, const unsigned char *reply, size_t reply_n,
                         const unsigned char *headers, size_t headers_n, const unsigned char *payload, size_t n,
                         object owner) except -1
     # The messages of one read begin (True), or have all been delivered (False). Between the two no task is running, and
     # what is published leaves together after the second.
     cdef int on_batch(self, bint begin) except -1
-    # ``state`` is PORT_*, ``error`` the reason or None. PORT_UP with an error: the connection stays, but the server refused something
-    # (PermissionDenied, its ``details`` name operation and subject).
+    # ``state`` is PORT_*, ``error`` the reason or None. PORT_UP with an error: the connection stays, but the server refused
+    # something (PermissionDenied, its ``details`` name operation and subject).
     cdef int on_state(self, int state, object error) except -1
     cdef int on_writable(self) except -1                           # ``congested`` has become false
 
@@ -49,13 +49,17 @@ cdef class MessagePort:
     cdef readonly bint congested         # the server does not read: producers wait for on_writable
     cdef readonly int64_t max_payload    # what the server announced, in bytes, headers included
 
-    # ``reply`` may be None, ``headers`` NULL. Copies what it needs, or keeps ``owner`` (the object that holds the payload) until it is written.
-    # Raises ConnectionError-like typed errors only when closed; while down it raises PeerLost(sent="no"): the caller has to look at ``state``.
-    # MessageTooLarge when headers and payload exceed ``max_payload`` (the server would close the connection).
+    # ``reply`` may be None, ``headers`` NULL. Copies what it needs, or keeps ``owner`` (the object that holds the payload) until
+    # it is written: from 64 KiB on the memory must not change as long as ``owner`` is referred to.
+    # Raises ManagerClosed when closed,
+    # PeerLost(sent="no") while down (the caller has to look at ``state``), and MessageTooLarge when headers and payload exceed
+    # ``max_payload`` (the server would close the connection).
     cdef int publish(self, bytes subject, bytes reply, const unsigned char *headers, size_t headers_n,
                      const unsigned char *payload, size_t n, object owner) except -1
     cdef int flush(self) except -1       # write now what was published, instead of at the end of the batch or turn
     cdef size_t backlog(self)            # bytes published and not accepted by the socket
+
+cdef int check_subject(bytes subject) except -1
 
 cdef class NatsParser:
     cdef dict sinks                      # subscription id -> MessageSink; shared with whoever subscribes
@@ -91,8 +95,9 @@ cdef class NatsParser:
     cdef int start_large(self, uint64_t sid, const unsigned char *subject, size_t subject_n, const unsigned char *reply,
                          size_t reply_n, size_t header_n, size_t payload_n) except -1
     cdef bint fill_large(self) except -1
-    cdef int deliver(self, uint64_t sid, const unsigned char *subject, size_t subject_n, const unsigned char *reply, size_t reply_n,
-                     const unsigned char *headers, size_t headers_n, const unsigned char *payload, size_t n, object owner) except -1
+    cdef int deliver(self, uint64_t sid, const unsigned char *subject, size_t subject_n, const unsigned char *reply,
+                     size_t reply_n, const unsigned char *headers, size_t headers_n, const unsigned char *payload, size_t n,
+                     object owner) except -1
     cdef int forget_sink(self, uint64_t sid) except -1
     cdef int broken(self, str what) except -1
     cdef int sink_failed(self, MessageSink sink, object error) except -1
@@ -106,8 +111,8 @@ cdef class NatsWriter:
     cdef readonly uint64_t messages
 
     cdef int raw(self, const unsigned char *data, size_t n, object owner) except -1
-    cdef int publish(self, bytes subject, bytes reply, const unsigned char *headers, size_t headers_n, const unsigned char *payload,
-                     size_t n, object owner) except -1
+    cdef int publish(self, bytes subject, bytes reply, const unsigned char *headers, size_t headers_n,
+                     const unsigned char *payload, size_t n, object owner) except -1
     cdef int refer(self, const unsigned char *data, size_t n, object owner) except -1
     cdef size_t pending(self)
     cdef int gather(self, dw_chunk *chunks, int most)

@@ -1,7 +1,7 @@
 """The NATS client protocol, without I/O: what the server sends is parsed, what is published is written into a buffer.
 
-The server is trusted to frame messages rightly, and its bytes are checked all the same: sizes before anything is allocated, every line
-for its shape and length. What a message contains was chosen by whoever published it: nothing in it may do more than be delivered.
+The server's bytes are checked: sizes before anything is allocated, every line for its shape and length. What a message contains
+was chosen by whoever published it: nothing in it may do more than be delivered.
 """
 
 cimport cython
@@ -12,7 +12,7 @@ from libc.stdlib cimport free, malloc
 from libc.string cimport memchr, memcmp, memcpy, memmove
 
 from ._buffers cimport BLOCK_MIN_BYTES, Block, default_pool
-from ._bytes cimport dw_buf, dw_buf_free, dw_buf_reserve, dw_chunk
+from ._bytes cimport dw_buf_free, dw_buf_reserve, dw_chunk
 
 from .errors import ConfigError, MessageTooLarge, ProtocolError
 
@@ -46,9 +46,12 @@ cdef class MessageSink:
 
 
 cdef class CallbackSink(MessageSink):
-    """A sink written in Python, for tests and tools: ``on_message(subject, reply, headers, payload)`` gets bytes (``reply`` is empty and
-    ``headers`` None where there are none; a payload that came in a Block is that Block), ``on_batch(begin)``, ``on_state(state, error)``
-    and ``on_writable()`` are optional."""
+    """A sink written in Python, for tests and tools.
+
+    ``on_message(subject, reply, headers, payload)`` gets bytes: ``reply`` is empty and ``headers`` None where there are none, a
+    payload that came in a Block is that Block. ``on_batch(begin)``, ``on_state(state, error)`` and ``on_writable()`` are
+    optional.
+    """
 
     cdef object message, batch, state, writable
 
@@ -121,9 +124,9 @@ cdef inline bint number(const unsigned char *p, size_t n, uint64_t *value) noexc
 cdef class NatsParser:
     """Turns what the server sends into calls of sinks and a list of other operations.
 
-    ``feed(data)`` takes bytes at any cut. Messages of subscriptions with a sink are delivered before it returns; everything else is in
-    ``others``, as tuples (see OP_MSG and its neighbours in the .pxd). Raises `ProtocolError`, after which nothing more is parsed. A sink
-    that raises loses that message only: `sink_failed` is told.
+    ``feed(data)`` takes bytes at any cut. Messages of subscriptions with a sink are delivered before it returns; everything else
+    is in ``others``, as tuples (see OP_MSG and its neighbours in the .pxd). Raises `ProtocolError`, after which nothing more is
+    parsed. A sink that raises loses that message only: `sink_failed` is told.
 
     Not thread-safe. A sink may subscribe, unsubscribe and close within a call, but not feed.
     """
@@ -245,8 +248,9 @@ cdef class NatsParser:
                 self.wanted = n + 1
                 break
             line_n = newline - p
-            if line_n == 0 or p[line_n - 1] != c"\r":
-                self.broken("a line does not end with CR LF")
+            # the server splits words at a CR, so none is in the subjects that it tells
+            if <const unsigned char *>memchr(p, c"\r", line_n) != newline - 1:
+                self.broken("a line does not end with CR LF, or has a CR within")
             if line_n > CONTROL_LINE + LINE_SLACK and not (p[0] == c"I" and line_n <= INFO_LINE):
                 self.broken(f"a line of {line_n} bytes; at most {CONTROL_LINE + LINE_SLACK} are allowed, {INFO_LINE} for INFO")
             if self.control_line(p, line_n - 1) == 0:
@@ -258,10 +262,11 @@ cdef class NatsParser:
         cdef size_t limit = INFO_LINE if p[0] == c"I" else CONTROL_LINE + LINE_SLACK
         if n > limit:
             return self.broken(f"a line of more than {limit} bytes")
-        if memcmp(p, b"MSG ", min(n, 3)) and memcmp(p, b"HMSG", min(n, 4)) and memcmp(p, b"INFO", min(n, 4)) and \
-                memcmp(p, b"PING", min(n, 4)) and memcmp(p, b"PONG", min(n, 4)) and memcmp(p, b"+OK ", min(n, 3)) and \
-                memcmp(p, b"-ERR", min(n, 4)):
-            return self.broken(f"unknown operation {p[:min(n, 16)]!r}")
+        cdef size_t three = n if n < 3 else 3
+        cdef size_t four = n if n < 4 else 4
+        if memcmp(p, b"MSG", three) and memcmp(p, b"HMSG", four) and memcmp(p, b"INFO", four) and memcmp(p, b"PING", four) and \
+                memcmp(p, b"PONG", four) and memcmp(p, b"+OK", three) and memcmp(p, b"-ERR", four):
+            return self.broken(f"unknown operation {bytes(p[:n])[:16]!r}")
         return 0
 
     cdef int control_line(self, const unsigned char *p, size_t n) except -1:
@@ -286,11 +291,11 @@ cdef class NatsParser:
             op = (OP_ERR, p[4:n].strip())
             at = n
         else:
-            return self.broken(f"unknown operation {p[:min(n, 16)]!r}")
+            return self.broken(f"unknown operation {bytes(p[:n])[:16]!r}")
         while at < n and is_blank(p[at]):
             at += 1
         if at < n:
-            return self.broken(f"unknown operation {p[:min(n, 16)]!r}")
+            return self.broken(f"unknown operation {bytes(p[:n])[:16]!r}")
         self.start += n + 2
         if op is not None:
             self.others.append(op)
@@ -406,8 +411,9 @@ cdef class NatsParser:
             dw_buf_free(&self.header)
         return True
 
-    cdef int deliver(self, uint64_t sid, const unsigned char *subject, size_t subject_n, const unsigned char *reply, size_t reply_n,
-                     const unsigned char *headers, size_t headers_n, const unsigned char *payload, size_t n, object owner) except -1:
+    cdef int deliver(self, uint64_t sid, const unsigned char *subject, size_t subject_n, const unsigned char *reply,
+                     size_t reply_n, const unsigned char *headers, size_t headers_n, const unsigned char *payload, size_t n,
+                     object owner) except -1:
         cdef MessageSink sink = self.last_sink
         if sink is None or sid != self.last_sid:
             sink = self.sinks.get(sid)
@@ -449,7 +455,7 @@ cdef class NatsParser:
         )
 
     cdef bytes line(self):
-        """Take one line with its end, for the handshake; None when it has not come yet. Raises `ProtocolError` when it is too long."""
+        """Take one line with its end, for the handshake; None when it has not come yet. Raises `ProtocolError` for a long one."""
         cdef size_t n = self.end - self.start
         cdef const unsigned char *newline = <const unsigned char *>memchr(self.buf + self.start, c"\n", n) if n else NULL
         cdef bytes out
@@ -509,15 +515,18 @@ cdef int check_subject(bytes subject) except -1:
             n = 0
             break
     if n == 0:
-        raise ConfigError(f"{subject!r} is not a NATS subject: white space and control characters are not allowed in one, and it is not "
-                          "empty", name="subject", value=subject)  # fmt: skip
+        raise ConfigError(
+            f"{subject!r} is not a NATS subject: one is not empty, and has neither white space nor control characters",
+            name="subject", value=subject,
+        )  # fmt: skip
     return 0
 
 
 cdef class NatsWriter:
     """What goes to the server, in order: lines and small payloads in one growing buffer, large payloads by reference.
 
-    A payload of at least 64 KiB with an ``owner`` is not copied: the owner is kept, and must keep the memory unchanged, until it is sent.
+    A payload of at least 64 KiB with an ``owner`` is not copied: the owner is kept until it is sent, and must keep the memory
+    unchanged until then.
     """
 
     def __cinit__(self):
@@ -553,6 +562,19 @@ cdef class NatsWriter:
             out.append(bytes(self.piece()))
         return b"".join(out)
 
+    def take_some(self, size_t n):
+        """The next ``n`` bytes, or fewer, as a socket takes them that has no room for more."""
+        cdef dw_chunk chunks[16]
+        cdef int count = self.gather(chunks, 16)
+        cdef int i
+        out = []
+        for i in range(count):
+            piece = (<const unsigned char *>chunks[i].base)[: chunks[i].len]
+            out.append(piece)
+        joined = b"".join(out)[:n]
+        self.sent(len(joined))
+        return joined
+
     def pieces(self):
         """How many pieces of memory wait: one for lines and small payloads between two references, one for each of them."""
         cdef dw_chunk chunks[64]
@@ -581,8 +603,8 @@ cdef class NatsWriter:
         self.reference_bytes += n
         return 0
 
-    cdef int publish(self, bytes subject, bytes reply, const unsigned char *headers, size_t headers_n, const unsigned char *payload,
-                     size_t n, object owner) except -1:
+    cdef int publish(self, bytes subject, bytes reply, const unsigned char *headers, size_t headers_n,
+                     const unsigned char *payload, size_t n, object owner) except -1:
         cdef size_t subject_n = PyBytes_GET_SIZE(subject)
         cdef size_t reply_n = 0 if reply is None else PyBytes_GET_SIZE(reply)
         cdef bint refer = n >= BLOCK_MIN_BYTES and owner is not None
@@ -689,7 +711,7 @@ cdef class NatsWriter:
         if reference is not None and reference.at == self.head:
             self.references.pop(0)
             self.reference_bytes -= reference.n
-            out = reference
+            out = memoryview(reference)  # asyncio wants one of its own types
         else:
             until = self.buf.n if reference is None else reference.at
             out = PyBytes_FromStringAndSize(<const char *>self.buf.p + self.head, until - self.head)

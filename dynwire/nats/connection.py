@@ -14,7 +14,7 @@ import random
 import re
 import socket
 import ssl
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -26,7 +26,6 @@ from ..errors import (
     ConnectError,
     DynwireError,
     ManagerClosed,
-    PeerLost,
     PermissionDenied,
     Unauthenticated,
 )
@@ -494,7 +493,7 @@ class NatsConnection:
         return remove
 
     async def wait_up(self, timeout: float | None = None) -> None:
-        """Wait until there is a server. Raises `ConnectError` (or `Unauthenticated`) after ``timeout`` s, `ManagerClosed` when closed."""
+        """Wait until there is a server. Raises `ConnectError` or `Unauthenticated` after ``timeout`` s; `ManagerClosed`."""
         limit = self.config.connect_timeout if timeout is None else timeout
         try:
             async with asyncio.timeout(limit):
@@ -511,8 +510,8 @@ class NatsConnection:
         """Deliver messages of ``subject`` to ``sink``, from now until ``unsubscribe()`` of the result, across reconnects.
 
         When it returns the server knows of it; while there is no connection, it will be told with the next one. Raises
-        `PermissionDenied` when the user may not subscribe there, `ConnectError` when the server does not answer within the connect
-        timeout, `ManagerClosed` after the last `release`.
+        `PermissionDenied` when the user may not subscribe there, `ConnectError` when the server does not answer within the
+        connect timeout, `ManagerClosed` after the last `release`.
         """
         if self.port.state == CLOSED:
             raise ManagerClosed("the connection to NATS is closed", peer=self.servers)
