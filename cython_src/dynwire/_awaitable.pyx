@@ -45,7 +45,6 @@ from .errors import (
     DeadlineExceeded,
     DecodeError,
     DynwireError,
-    MessageTooLarge,
     PeerLost,
     ProtocolError,
 )
@@ -1136,12 +1135,7 @@ cdef class HandlerTask(StreamBase):
         try:
             limit = min(conn.peer_max_message, conn.max_message)
             if view.len > limit:
-                side = "caller" if conn.peer_max_message == limit else "worker"
-                self.finish_error(MessageTooLarge(
-                    f"a reply item of {view.len} bytes from {self.entry.name} exceeds the {side}'s limit of {limit} bytes; "
-                    f"raise DYN_TCP_MAX_MESSAGE_SIZE on the {side}'s side",
-                    size=view.len, limit=limit, setting="DYN_TCP_MAX_MESSAGE_SIZE", phase="reply", sent="yes",
-                ), True)  # fmt: skip
+                self.finish_error(conn.item_too_large(view.len, limit, self.entry.name), True)
                 return 0
             if self.held is not None or not conn.may_send(self):
                 self.held = item

@@ -167,5 +167,6 @@ cdef class Link:
     cdef int refuse_streams(self, uint32_t last_seq, object error) except -1
     cdef bint check_alive(self, double now) except -1
     cdef object overloaded(self, int depth, str text)
+    cdef object item_too_large(self, int64_t size, int64_t limit, str endpoint)
 
 cdef Py_ssize_t size_of(object data) except -1

@@ -450,6 +450,15 @@ cdef class Link:
             peer=self.peer, sent="no",
         )  # fmt: skip
 
+    cdef object item_too_large(self, int64_t size, int64_t limit, str endpoint):
+        """(server) An item exceeds what one of the two sides takes."""
+        side = "caller" if self.peer_max_message == limit else "worker"
+        return MessageTooLarge(
+            f"a reply item of {size} bytes from {endpoint} exceeds the {side}'s limit of {limit} bytes; "
+            f"raise DYN_TCP_MAX_MESSAGE_SIZE on the {side}'s side",
+            size=size, limit=limit, setting="DYN_TCP_MAX_MESSAGE_SIZE", phase="reply", sent="yes",
+        )  # fmt: skip
+
     cdef bint check_alive(self, double now) except -1:
         """Ping a silent peer while calls wait for it. Returns False when it has not answered in time."""
         cdef double quiet_since
