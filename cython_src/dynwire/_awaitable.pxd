@@ -47,7 +47,6 @@ cdef class Waiter(StreamBase):
     cdef str request_id(self)
     cdef str sent_state(self)
     cdef int fail_with(self, object error, bint direct) except -1
-    cdef bint restart(self) except -1
     cdef int rearm(self) except -1
     cdef int give_up(self, Link conn) except -1
     cdef int ask_to_stop(self, Link conn) except -1
@@ -130,7 +129,6 @@ cdef class HandlerTask(StreamBase):
     cdef bint item_sent
     cdef bint timed_out
     cdef bint evicted                # killed because this worker is shutting down
-    cdef uint32_t attempt            # how often a queue has given the request to a worker, this time included
     cdef bint closing                # the generator is being closed
     cdef object held                 # encoded item that waits for credit
     cdef int held_kind

@@ -342,10 +342,6 @@ cdef class Waiter(StreamBase):
     cdef int fail_with(self, object error, bint direct) except -1:
         return 0
 
-    cdef bint restart(self) except -1:
-        """The request is run anew: forget what has come of the run before. False if the application has had some of it."""
-        return True
-
     cdef int rearm(self) except -1:
         cdef double when = min(self.total_deadline, self.phase_deadline)
         if self.conn is not None:
@@ -455,7 +451,7 @@ cdef class CallFuture(Waiter):
             ), True)  # fmt: skip
         return self._succeed(item, kind)
 
-    cdef bint restart(self) except -1:
+    cdef bint on_restart(self) except -1:
         self.value = None
         return True
 
@@ -643,7 +639,7 @@ cdef class ItemReader(Waiter):
             return self.wake(True)
         return 0
 
-    cdef bint restart(self) except -1:
+    cdef bint on_restart(self) except -1:
         if self.delivered or self.closed:
             return False
         # Their credit goes with them: the new run begins with a full window.
@@ -907,9 +903,6 @@ cdef class EndpointEntry:
 cdef class HandlerTask(StreamBase):
     """A running handler: the current task of its code, and the server's end of the stream."""
 
-    def __cinit__(self):
-        self.attempt = 1
-
     def __init__(self):
         raise TypeError("made by the server only")
 
@@ -927,7 +920,8 @@ cdef class HandlerTask(StreamBase):
         context._id = self.in_id
         context._connection_id = conn.connection_id
         context._seq = self.seq
-        context.delivery_count = self.attempt
+        # Runs that the caller began anew, and deliveries of the last of them.
+        context.delivery_count = (self.attempt >> 10) + (self.attempt & 1023) if self.attempt else 1
         self.context = context
         entry.in_flight += 1
         entry.started += 1
@@ -1320,7 +1314,7 @@ cdef class HandlerTask(StreamBase):
         self.in_id = None
         self.under = None
         self.reply_kind_ = 0
-        self.attempt = 1
+        self.attempt = 0
         self.state = 0
         self.refund = 0
         self.timer = INFINITY

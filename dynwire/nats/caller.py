@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .._natsproto import UP
 from ..errors import DynwireError
-from .queue import MAX_PAUSE_S, PAUSE_S, Queue, QueueAdmin, QueueNames
+from .queue import MAX_PAUSE_S, PAUSE_S, Queue, QueueAdmin, QueueNames, parse_pub_ack, refusal
 
 if TYPE_CHECKING:
     from ..config import NatsConfig
@@ -81,6 +81,26 @@ class CallerQueue:
             task = self._loop.create_task(self._delete(seq))
             self._deletes.add(task)
             task.add_done_callback(self._deletes.discard)
+
+    def answered(self, answer: bytes, size: int) -> int:
+        """The number that the queue gave a request; 0: it could not store it now, and is to be asked again.
+
+        Raises why it refuses it. ``size`` of its payload, for that.
+        """
+        ack = parse_pub_ack(answer)
+        if ack.error is None:
+            return ack.seq
+        error = refusal(self.names, ack.error, self.config, size)
+        if error is None:
+            return 0
+        raise error
+
+    def confirmed_late(self, answer: bytes) -> None:
+        """The answer to a request that was given up before it came."""
+        with contextlib.suppress(DynwireError):  # refused: so much the better
+            number = self.answered(answer, 0)
+            if number:
+                self.take_back(number)
 
     @property
     def _looking_now(self) -> bool:

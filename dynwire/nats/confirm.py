@@ -68,6 +68,9 @@ class Unconfirmed:
             entry.due = now
             entry.pause = RETRY_S
 
+    def clear(self) -> None:
+        self._entries.clear()
+
     def next_due(self) -> float | None:
         """When `due` has to be called next, or None."""
         return min((min(entry.due, entry.first + self.window) for entry in self._entries.values()), default=None)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
+from .._natswire import read_headers
 from ..errors import ConfigError, ConnectError
 from .queue import API_TIMEOUT_S, MSG_ID, REPLAY_OF, QueueNames
 
@@ -33,6 +34,10 @@ class Copy:
     headers: dict[str, str]
     """without those that the server added"""
     payload: bytes
+    kind: int
+    """codec of the payload (`dynwire.codec.KINDS`)"""
+    timeout: float | None
+    """seconds that it was sent with"""
     replay_of: str
     """id of the request that this one repeats, or empty"""
 
@@ -101,12 +106,18 @@ def _copy(headers: dict[str, str], payload: bytes, seq: int, recorded_at: dateti
     stored_at = recorded_at if stamp is None else datetime.fromisoformat(stamp.partition(".")[0].rstrip("Z") + "+00:00")
     if stamp is not None and "." in stamp:
         stored_at = stored_at.replace(microsecond=int(stamp.partition(".")[2].rstrip("Z").ljust(6, "0")[:6]))
-    kept = {name: value for name, value in headers.items() if not name.startswith("Nats-")}
+    lines = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+    kept, request_id, _ = read_headers(lines.encode())
+    fields = headers.get("D", "").split()
+    numbers = [int(word) for word in fields[1:] if word.isdecimal()]
+    kind, timeout_ms = (numbers[0], numbers[3]) if fields[:1] == ["r"] and len(numbers) > 3 else (0, 0)
     return Copy(
         seq=seq,
-        id=headers.get(MSG_ID, ""),
+        id=request_id or headers.get(MSG_ID, ""),
         stored_at=stored_at.astimezone(UTC),
         headers=kept,
         payload=payload,
+        kind=kind,
+        timeout=timeout_ms / 1000 if timeout_ms else None,
         replay_of=kept.get(REPLAY_OF, ""),
     )

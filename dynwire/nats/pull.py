@@ -8,13 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from typing import TYPE_CHECKING
 
 import msgspec
 
 from .._natsproto import UP
-from ..errors import DynwireError
-from .queue import CONSUMER, MAX_PAUSE_S, NAK, PAUSE_S, PROGRESS, Delivery, Queue, QueueAdmin, QueueNames
+from ..errors import DeadlineExceeded, DynwireError, PeerLost
+from .queue import CONSUMER, MAX_PAUSE_S, NAK, NAK_LATER, PAUSE_S, PROGRESS, Delivery, Queue, QueueAdmin, QueueNames
 
 if TYPE_CHECKING:
     from .._natsport import PortSubscription
@@ -268,6 +269,27 @@ class QueueConsumer:
             logger.info("the queue of %s answered %d %s: asking anew", self._names.endpoint, code, text)
             self._reopen()
 
+    def refusal(self, delivery: Delivery, timeout_ms: int) -> int | DynwireError:
+        """Milliseconds that are left to run it, or why it is not run. ``timeout_ms`` is what it was sent with; 0: none."""
+        assert self.queue is not None
+        if delivery.attempt > self._config.queue_max_deliver:
+            return PeerLost(
+                f"a request to {self._names.endpoint} was given to {self._config.queue_max_deliver} workers, and none of them "
+                "finished it or gave it back (DYNWIRE_NATS_QUEUE_MAX_DELIVER)",
+                sent="yes",
+                retryable=False,
+            )
+        left = self.queue.expires_at(delivery, timeout_ms / 1000 if timeout_ms else None) - time.time()
+        if left <= 0:
+            return DeadlineExceeded(
+                f"the request to {self._names.endpoint} waited in its queue until its deadline", phase="total", sent="no"
+            )
+        return min(int(left * 1000) + 1, 0xFFFFFFFF)
+
+    def give_back(self, delivery: Delivery) -> None:
+        """It can't be run here now: another worker shall have it, or this one in a moment."""
+        self.finished(delivery, NAK_LATER)
+
     def finished(self, delivery: Delivery, verdict: bytes) -> None:
         """The request has ended and its reply was handed over: `ACK`, `NAK` (another worker shall have it) or `TERM`."""
         if self._progress.remove(delivery):
@@ -282,6 +304,15 @@ class QueueConsumer:
             self._reopen()
         self._ask()
         self._timer = self._loop.call_later(min(1.0, self._progress.interval / 2), self._tick)
+
+    def stats(self) -> dict[str, int]:
+        """Counters, for diagnostics and tests."""
+        return {
+            "running": self.running,
+            "taken": self.taken,
+            "redelivered": self.redelivered,
+            "repeated_here": self.repeated_here,
+        }
 
     async def stop(self) -> None:
         """Take no more requests, give back at once what arrives nevertheless. Those that run are reported until they end."""

@@ -35,7 +35,7 @@ OWNER = "dynwire-queue"
 
 MSG_ID = "Nats-Msg-Id"
 MSG_TTL = "Nats-TTL"
-REPLAY_OF = "Dynwire-Replay-Of"
+REPLAY_OF = "dynwire-replay-of"
 """header of a replayed request: the id of the one it repeats"""
 
 API_TIMEOUT_S = 2.0
@@ -194,6 +194,7 @@ class Delivery:
 # How a worker says how it went. The server reads the words and publishes nothing back (no reply subject is given).
 ACK = b"+ACK"  # done: it leaves the queue
 NAK = b"-NAK"  # another worker shall have it, at once
+NAK_LATER = b'-NAK {"delay": 100000000}'  # the same, in 100 ms
 PROGRESS = b"+WPI"  # still at it: the time until it is given to another starts anew
 TERM = b"+TERM"  # it leaves the queue, nobody shall have it
 
