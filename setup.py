@@ -17,7 +17,7 @@ from setuptools import Extension, setup
 # fmt: off
 MODULES = [
     "_buffers", "_context", "_link", "_frames", "_hpack", "_http2", "_http2lib", "_httpwire",
-    "_awaitable", "_tcpio", "_httpio", "_natsproto", "_natsport", "_natswire", "_natsqueue",
+    "_awaitable", "_tcpio", "_httpio", "_natsproto", "_natsport", "_natswire", "_natsqueue", "_natsio",
 ]
 # fmt: on
 

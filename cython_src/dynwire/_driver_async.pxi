@@ -558,26 +558,9 @@ cdef class AsyncServerConnection(AsyncConnection):
         if self.draining and <int32_t>(stream.seq - self.goaway_seq) > 0:
             # It crossed our GOAWAY: the caller knows that it was not taken, and has closed the stream.
             return self.request_done(stream)
-        if type(target) is not EndpointEntry or (<EndpointEntry>target).removed:
-            name = target if type(target) is str else (<EndpointEntry>target).name
-            fresh = self.entries.get(name)
-            if fresh is None:
-                known = sorted(self.entries)
-                return self.refuse(stream, EndpointNotFound(
-                    f"{name} is not served here (served: {', '.join(known[:20]) or 'nothing'})", endpoint=name, sent="no",
-                    retryable=True,  # the record that led here is stale; another instance may serve it
-                ))  # fmt: skip
-            target = fresh
-        entry = target
-        if entry.draining or self.draining:
-            return self.refuse(stream, Overloaded(
-                f"{entry.name} is shutting down here", depth=entry.in_flight, limit=0, sent="no", phase="accept"
-            ))  # fmt: skip
-        if entry.in_flight >= entry.max_in_flight:
-            return self.refuse(stream, Overloaded(
-                f"{entry.name} already has {entry.in_flight} requests in flight (limit max_in_flight={entry.max_in_flight})",
-                depth=entry.in_flight, limit=entry.max_in_flight, sent="no", phase="accept",
-            ))  # fmt: skip
+        entry = admit(self, self.entries, stream, target)
+        if entry is None:
+            return 0
         task.loop = self.loop
         task.tracebacks = self.tracebacks
         task.begin(
@@ -590,11 +573,6 @@ cdef class AsyncServerConnection(AsyncConnection):
             task.recycle()
             self.spare = task
         return 0
-
-    cdef int refuse(self, StreamBase stream, object error) except -1:
-        self.put_error(stream, 0, error_body(error))
-        self.request_done(stream)
-        return self.wrote()
 
     cdef int protocol_failure(self, object error) except -1:
         """Tell the peer why, in words of its own protocol where it is another one."""
@@ -635,24 +613,8 @@ cdef class AsyncServerConnection(AsyncConnection):
 
     def tasks(self, entry=None):
         """Handlers that run for this connection, of one endpoint or all."""
-        cdef HandlerTask task
-        out = []
-        for stream in self.slots:
-            if type(stream) is HandlerTask:
-                task = stream
-                if task.entry is not None and (entry is None or task.entry is entry):
-                    out.append(task)
-        return out
+        return tasks_of(self, entry)
 
     def kill_tasks(self, entry=None):
         """Cancel handlers because this worker ends them; returns how many."""
-        cdef HandlerTask task
-        count = 0
-        for item in self.tasks(entry):
-            task = item
-            if not task.done_:
-                task.evicted = True
-                task.context.set_cancelled(CTX_KILLED)
-                task.kill()
-                count += 1
-        return count
+        return kill_tasks_of(self, entry)

@@ -1,65 +1,23 @@
-# System calls and small helpers shared by the drivers. Included by _tcpio.pyx and _httpio.pyx.
+# System calls and small helpers shared by the drivers of sockets. Included by _tcpio.pyx and _httpio.pyx.
 
-import asyncio
 import errno as errno_module
 import hmac
 import os
 import ssl
 import threading
 
-import msgspec
-from cpython.bytes cimport PyBytes_CheckExact
 from cpython.object cimport PyObject
-from libc.errno cimport EAGAIN, EINTR, errno
-from libc.string cimport memcpy
-from libc.math cimport INFINITY
 from cpython.ref cimport Py_DECREF
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libc.errno cimport EAGAIN, EINTR, errno
+from libc.stdint cimport uint8_t, uint16_t
+from libc.string cimport memcpy
 
-from ._awaitable cimport (
-    CANCELLED,
-    PENDING,
-    RESULT,
-    CallFuture,
-    ChannelBase,
-    EndpointEntry,
-    HandlerTask,
-    ItemReader,
-    Waiter,
-    leave_task,
-    make_item_stream,
-    wake_readers,
-)
-from ._context cimport CTX_KILLED, Context, current_context
-from ._link cimport (
-    MAX_CHUNKS,
-    MAX_TARGETS,
-    META_LIMIT,
-    Link,
-    StreamBase,
-    dw_chunk,
-)
+from ._awaitable cimport CANCELLED, PENDING, RESULT
+from ._link cimport MAX_CHUNKS, MAX_TARGETS, META_LIMIT, dw_chunk
 
-from ._context import INHERITED_HEADERS
-from .codec import encode as _encode_with, msgpack_encode
-from .errors import (
-    Cancelled,
-    ConfigError,
-    ConnectError,
-    DeadlineExceeded,
-    DynwireError,
-    EndpointNotFound,
-    ForkedManager,
-    ManagerClosed,
-    MessageTooLarge,
-    Overloaded,
-    PeerLost,
-    PlaneMismatch,
-    ProtocolError,
-    Unauthenticated,
-)
-from .types import Timeouts
-from .wire.faults import error_body, for_request
+from .errors import ForkedManager, MessageTooLarge, PlaneMismatch, ProtocolError, Unauthenticated
+
+include "_driver_calls.pxi"
 
 cdef extern from "<sys/socket.h>" nogil:
     ssize_t c_send "send"(int fd, const void *buf, size_t n, int flags)
@@ -82,13 +40,9 @@ cdef extern from "<sched.h>" nogil:
 
 cdef extern from *:
     """
-    #include <time.h>
     #include <string.h>
     #include <sys/socket.h>
     #include <sys/uio.h>
-    static inline double dw_now(void) {
-        struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t); return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-    }
     /* dw_chunk has the layout of struct iovec, by construction on Linux: pointer, then size_t. */
     _Static_assert(sizeof(dw_chunk) == sizeof(struct iovec), "dw_chunk must match struct iovec");
     static inline ssize_t dw_sendmsg(int fd, dw_chunk *chunks, int n, int flags) {
@@ -104,7 +58,6 @@ cdef extern from *:
         return recvmsg(fd, &m, flags);
     }
     """
-    double dw_now() nogil
     ssize_t dw_recv(int fd, dw_chunk *targets, int n, int flags) nogil
     ssize_t dw_sendmsg(int fd, dw_chunk *chunks, int n, int flags) nogil
 
@@ -115,11 +68,9 @@ cdef extern from *:
     ssize_t recv_plain(int fd, void *to, size_t n) nogil
 
 cdef extern from "Python.h":
-    int PyObject_CheckBuffer(object)
     object PyMemoryView_FromMemory(char *mem, Py_ssize_t size, int flags)
     int PyBUF_READ
     int PyErr_CheckSignals() except -1
-    Py_ssize_t Py_REFCNT(object)
 
 cdef enum:
     CONGESTED_BYTES = 262144      # backlog of frames from which producers wait for the socket
@@ -244,48 +195,11 @@ cdef class TlsLayer:
         return 0
 
 
-cdef object _pack_headers = msgspec.msgpack.Encoder().encode
-cdef object _msgpack_encode = msgpack_encode
-
-
 def read_error_text(int code):
     return f"{errno_module.errorcode.get(code, code)}: {os.strerror(code)}"
 
 
-cdef class RequestOptions:
-    """Settings of a client that every call needs, unpacked once."""
-    cdef double accept_timeout
-    cdef double connect_timeout
-    cdef double total_timeout
-    cdef int kind                  # codec of objects: 1 msgpack, 2 json
-    cdef int channel_buffer
-    cdef double keepalive_interval
-    cdef double keepalive_timeout
-    cdef str keepalive_setting     # its name, for the error
-    cdef double spin_s
-
-    def __init__(self, *, accept_timeout, connect_timeout=3.0, total_timeout=None, codec="msgpack", channel_buffer=100,
-                 keepalive_interval=10.0, keepalive_timeout=10.0, keepalive_setting="DYNWIRE_TCP_KEEPALIVE_TIMEOUT",
-                 spin_us=0.0):
-        self.accept_timeout = accept_timeout
-        self.connect_timeout = connect_timeout
-        self.total_timeout = INFINITY if total_timeout is None else total_timeout
-        self.kind = 2 if codec == "json" else 1
-        self.channel_buffer = channel_buffer
-        self.keepalive_interval = keepalive_interval
-        self.keepalive_timeout = keepalive_timeout
-        self.keepalive_setting = keepalive_setting
-        self.spin_s = spin_us * 1e-6
-
-    cdef apply(self, Link conn):
-        conn.channel_buffer = self.channel_buffer
-        conn.keepalive_interval = self.keepalive_interval
-        conn.keepalive_timeout = self.keepalive_timeout
-        conn.keepalive_setting = self.keepalive_setting
-
-
-cdef inline double _or_infinity(object value) except? -1.0:
-    return INFINITY if value is None else <double>value
+cdef object _pack_headers = msgspec.msgpack.Encoder().encode
 
 
 cdef bytes make_meta(Context context, dict headers):
@@ -302,89 +216,6 @@ cdef bytes make_meta(Context context, dict headers):
             size=len(packed), limit=META_LIMIT, setting="(fixed by the wire)",
         )  # fmt: skip
     return packed
-
-
-cdef object encode_payload(object payload, int *kind, int default_kind):
-    """The bytes-like form of a payload, and the number of its codec."""
-    if PyBytes_CheckExact(payload) or PyObject_CheckBuffer(payload):
-        kind[0] = 0
-        return payload
-    kind[0] = default_kind
-    if default_kind == 1:
-        try:
-            return _msgpack_encode(payload)
-        except (TypeError, ValueError, OverflowError, RecursionError, NotImplementedError, msgspec.MsgspecError):
-            return _encode_with(payload, "msgpack")  # raises a DecodeError that names the type
-    return _encode_with(payload, "json")
-
-
-cdef int set_limits(Waiter call, RequestOptions options, object timeouts, Context context, double now) except -1:
-    """Resolve the caller's argument, the client's defaults and the surrounding request into the call's deadlines."""
-    cdef double total = options.total_timeout
-    cdef double accept = options.accept_timeout
-    cdef double first_item = INFINITY
-    cdef double between_items = INFINITY
-    cdef double deadline
-    cdef Context parent
-    if timeouts is not None:
-        if type(timeouts) is float or type(timeouts) is int:
-            total = timeouts
-        elif isinstance(timeouts, Timeouts):
-            if timeouts.total is not None:
-                total = timeouts.total
-            if timeouts.accept is not None:
-                accept = timeouts.accept
-            first_item = _or_infinity(timeouts.first_item)
-            between_items = _or_infinity(timeouts.between_items)
-        else:
-            raise ConfigError(f"timeout is a number of seconds or a Timeouts, got {timeouts!r}", name="timeout", value=timeouts)
-        if not (total > 0 and accept > 0 and first_item > 0 and between_items > 0):
-            raise DeadlineExceeded(
-                f"the timeout of {total:.3g} s had passed before the request was sent", timeout=total, sent="no"
-            )
-    call.total_timeout = total
-    deadline = now + total
-    if context is None:
-        parent = current_context()
-    else:
-        parent = context
-    if parent is not None and parent._deadline < deadline:
-        deadline = parent._deadline
-        call.total_timeout = deadline - now
-        if deadline <= now:
-            raise DeadlineExceeded(
-                "the deadline had passed before the request was sent", timeout=call.total_timeout, sent="no",
-                phase="total",
-            )  # fmt: skip
-    call.total_deadline = deadline
-    call.phase = "accept"
-    call.phase_timeout = accept
-    call.phase_deadline = now + accept
-    if type(call) is not CallFuture and isinstance(call, ItemReader):
-        (<ItemReader>call).first_item_timeout = first_item
-        (<ItemReader>call).between_items_timeout = between_items
-        if first_item < accept:
-            call.phase = "first_item"
-            call.phase_timeout = first_item
-            call.phase_deadline = now + first_item
-    return 0
-
-
-cdef dict inherited_headers(Context parent):
-    headers = parent.headers
-    return {name: headers[name] for name in INHERITED_HEADERS if name in headers}
-
-
-cdef Context inheriting_context():
-    """A context for a stream whose caller gave none: deadline and trace are those of the surrounding request, if there is one."""
-    cdef Context context = Context.__new__(Context)
-    cdef Context parent = current_context()
-    context._deadline = INFINITY
-    if parent is not None:
-        context._deadline = parent._deadline
-        if parent._headers is not None:
-            context._headers = inherited_headers(parent)
-    return context
 
 
 cdef bytes request_meta(Context context):
@@ -428,11 +259,3 @@ cdef object silent_error(Link conn, double now):
         f"{conn.peer} gave no sign of life for {quiet:.3g} s (a ping was not answered within {conn.keepalive_timeout:.3g} s, "
         f"{conn.keepalive_setting})", peer=conn.peer, sent="maybe",
     )  # fmt: skip
-
-
-cdef int name_request(Link conn, Waiter call) except -1:
-    """Let the request's context know its id, which connection and sequence number make."""
-    if call.context is not None and call.context._connection_id is None:
-        call.context._connection_id = conn.connection_id
-        call.context._seq = call.seq
-    return 0

@@ -465,6 +465,7 @@ cdef class FastPort(PortBase):
 
     async def connect(self, uri, buffer_size, connect_timeout):
         self.want_tls = uri.scheme == "tls"
+        self.abort()  # nats-py leaves it open when an attempt to reconnect has failed
         self.socket = None
         socket = _SocketProtocol(self)
         async with asyncio.timeout(connect_timeout):
@@ -515,7 +516,10 @@ cdef class FastPort(PortBase):
     async def readline(self):
         cdef PortSocket socket = self.socket
         while True:
-            line = socket.parser.line()
+            try:
+                line = socket.parser.line()
+            except ProtocolError as error:
+                raise ConnectionError(str(error)) from error  # what nats-py takes for a failed attempt
             if line is not None:
                 return line
             if socket.eof:
@@ -667,7 +671,8 @@ cdef dict headers_dict(const unsigned char *headers, size_t n):
 cdef bytes headers_block(object headers):
     """The block that nats-py has taken apart, as near as it can be known."""
     status = headers.get("Status")
-    description = headers.get("Description")
+    # nats-py 2.16 takes the first header for the description where there is none: it then begins with a line feed
+    description = (headers.get("Description") or "").partition("\n")[0].strip()
     first = "NATS/1.0"
     if status is not None:
         first += f" {status}"

@@ -50,6 +50,15 @@ FLUSH_S = 1.0
 """how long `release` waits until the server has everything that was published"""
 CLOSE_S = 2.0
 
+PENDING_BYTES = 2 * 1024 * 1024
+"""nats-py's default"""
+PLAIN_PENDING_BYTES = 256 * 1024
+"""what the fast port lets wait for the socket"""
+
+STABLE_S = 1.0
+"""a connection that was lost sooner than this does not begin a new series of attempts: a server that throws everybody out
+would be tried without a pause"""
+
 StateCallback = Callable[[int, BaseException | None], None]
 
 INSTALL = "nats needs nats-py and nkeys: pip install 'dynwire[nats]'"
@@ -63,6 +72,10 @@ AUTH_SETTINGS = {
 }
 
 AUTH_WORDS = ("authorization violation", "authentication", "authorization")
+
+
+class _HopelessError(Exception):
+    """Connecting will not succeed by trying again."""
 
 
 class _Credentials(NamedTuple):
@@ -129,6 +142,11 @@ def _credentials(config: NatsConfig) -> _Credentials:
     return _Credentials(auth.kind, {"user_credentials": auth.value})
 
 
+def _bare(config: NatsConfig) -> list[str]:
+    """The servers without the credentials in their URLs, as the members of a cluster are told."""
+    return [parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() for parts in map(urlsplit, config.servers)]
+
+
 def _tls_context(config: NatsConfig) -> ssl.SSLContext | None:
     """None when nothing of TLS is configured; nats-py then makes a default context for a server that demands it."""
     wanted = config.tls_ca or config.tls_cert or config.tls_handshake_first
@@ -186,9 +204,10 @@ class NatsConnection:
         self._waiters: list[asyncio.Future[None]] = []
         self._last_error: BaseException | None = None
         self._failures = 0
-        self._on_failure: Callable[[], None] | None = None
         self._tries: dict[str, int] = {}
         self._lost_server = ""
+        self._up_since: float | None = None
+        self._place = self._url = ""
         self._denied: set[str] = set()
         self._credentials = _credentials(config)
         self.client: Client = _import_client()()
@@ -200,7 +219,7 @@ class NatsConnection:
         self.port.on_denied = self._on_denied
 
     def __repr__(self) -> str:
-        return f"<NatsConnection {self.url or self.servers} {'up' if self.up else 'down'}>"
+        return f"<NatsConnection {self._url or self.servers} {'up' if self.up else 'down'}>"
 
     # --- sharing
 
@@ -280,7 +299,9 @@ class NatsConnection:
     def _options(self) -> dict[str, Any]:
         config = self.config
         options: dict[str, Any] = {
-            "servers": list(config.servers),
+            "servers": list(
+                config.servers if self._credentials.kind != "url" or not self._credentials.options else _bare(config)
+            ),
             "name": self._name,
             "error_cb": self._on_error,
             "disconnected_cb": self._on_disconnected,
@@ -295,6 +316,8 @@ class NatsConnection:
             "max_outstanding_pings": MAX_PINGS,
             "drain_timeout": CLOSE_S,
             "flush_timeout": CLOSE_S,
+            # what nats-py holds before it makes publishers wait
+            "pending_size": PENDING_BYTES if self.port.fast else PLAIN_PENDING_BYTES,
             **self._credentials.options,
         }
         context = _tls_context(config)
@@ -305,24 +328,13 @@ class NatsConnection:
 
     async def _connect(self, timeout: float) -> None:
         options = self._options()
-        hopeless = asyncio.Event()
-
-        def on_failure() -> None:
-            refused = isinstance(self._translated(), Unauthenticated)
-            if refused or (not self.config.wait and self._failures >= len(self.config.servers)):
-                hopeless.set()
-
-        self._on_failure = on_failure
         connecting = self._loop.create_task(self.client.connect(**options))
-        giving_up = self._loop.create_task(hopeless.wait())
         try:
-            await asyncio.wait({connecting, giving_up}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([connecting], timeout=timeout)
         finally:
-            self._on_failure = None
-            giving_up.cancel()
-            if not connecting.done():
+            while not connecting.done():  # some places in nats-py swallow a cancellation
                 connecting.cancel()
-            await asyncio.wait([connecting, giving_up])
+                await asyncio.wait([connecting], timeout=FIRST_RETRY_S)
             if connecting.cancelled() or connecting.exception() is not None:
                 self._forget()
                 await self._close()
@@ -330,13 +342,22 @@ class NatsConnection:
             raise self._connect_error(timeout)
         error = connecting.exception()
         if error is not None:
-            if not isinstance(error, _nats_errors()):
+            if isinstance(error, _HopelessError):
+                raise self._translated()
+            if isinstance(error, DynwireError) or not isinstance(error, Exception):
                 raise error
             self._last_error = error
-            raise self._connect_error(timeout) from error
-        self._last_error = None
+            raise self._translated() from error
         if self.port.up():
-            self._tell(UP, None)
+            self._now_up()
+
+    def _now_up(self) -> None:
+        self._last_error = None
+        self._up_since = self._loop.time()
+        url = self.client.connected_url
+        assert url is not None
+        self._place, self._url = url.netloc, mask_url(url.geturl())
+        self._tell(UP, None)
 
     @property
     def servers(self) -> str:
@@ -351,6 +372,9 @@ class NatsConnection:
             return ConnectError(f"no NATS server answered at {at}", peer=self.servers)
         if isinstance(error, DynwireError):
             return error
+        if isinstance(error, ImportError):
+            text = f"a WebSocket (ws://, wss:// in NATS_SERVER) needs another package: {error}"
+            return _chained(ConfigError(text, name="NATS_SERVER", allowed="nats:// or tls://"), error)
         text = str(error).removeprefix("nats: ").strip("'\"") or type(error).__name__
         if any(word in text.lower() for word in AUTH_WORDS) and not isinstance(error, OSError):
             kind = self._credentials.kind
@@ -360,6 +384,8 @@ class NatsConnection:
             text = f"TLS: {error.verify_message}; authorities to trust are set with DYNWIRE_NATS_TLS_CA"
         elif isinstance(error, ssl.SSLError):
             text = f"TLS: {error.reason or text}"
+        elif isinstance(error, ConnectionRefusedError):
+            text = "connection refused"
         elif isinstance(error, TimeoutError):
             text = "it did not answer in time"
         return _chained(ConnectError(f"no connection to NATS at {at}: {text}", peer=self.servers), error)
@@ -376,14 +402,13 @@ class NatsConnection:
         places = [server.uri.netloc for server in pool]
         tries = [self._tries.get(place, 0) for place in places]
         fewest = min(tries)
-        # the one that was lost comes last in each round
-        candidates = [i for i, n in enumerate(tries) if n == fewest and places[i] != self._lost_server]
-        chosen = random.choice(candidates or [i for i, n in enumerate(tries) if n == fewest])
+        candidates = [i for i, n in enumerate(tries) if n == fewest]
+        others = [i for i in candidates if places[i] != self._lost_server]  # the one that was lost comes last in a round
+        chosen = random.choice(others or candidates)
         self._tries[places[chosen]] = fewest + 1
-        if fewest and len(candidates) not in (0, sum(n == fewest for n in tries)):
-            delay = 0.0
-        else:
-            delay = min(FIRST_RETRY_S * 2**fewest, LAST_RETRY_S) * random.uniform(0.5, 1.0)
+        delay = 0.0
+        if max(tries) == fewest:  # a round begins
+            delay = min(FIRST_RETRY_S * 2 ** min(fewest, 10), LAST_RETRY_S) * random.uniform(0.5, 1.0)
         return pool[chosen], delay
 
     # --- what nats-py tells
@@ -393,27 +418,49 @@ class NatsConnection:
         if denied is not None:
             self._on_denied(denied[1].lower(), denied[2])
             return
+        if self._closing:
+            return
         self._last_error = error
         self._failures += 1
+        if not self.port.fast and not self.client.is_connected:
+            self.port.abort()  # nats-py 2.16 forgets the socket of an attempt to reconnect that has failed
         logger.debug("NATS at %s: %r", self.servers, error)
-        if self._on_failure is not None:
-            self._on_failure()
+        if self._connecting is not None and not self._connecting.done() and not self._closing:
+            refused = isinstance(self._translated(), (Unauthenticated, ConfigError))
+            if refused or (not self.config.wait and self._failures >= len(self.config.servers)):
+                raise _HopelessError from error  # ends nats-py's connect()
 
     async def _on_disconnected(self) -> None:
         if self._closing or self._connecting is None or not self._connecting.done():
             return
-        url = self.client._current_server.uri if self.client._current_server is not None else None
-        self._lost_server = url.netloc if url is not None else ""
-        self._tries.clear()
+        task = asyncio.current_task()
+        assert task is not None
+        task.add_done_callback(self._reconnecting_ended)
+        lost_error = self.port.error
         self.port.go_away()
-        logger.warning("the connection to NATS at %s is lost; reconnecting", mask_url(url.geturl()) if url else self.servers)
+        if self._up_since is None:
+            return  # it was lost again before anybody could use it
+        self._lost_server, lost = self._place, self._url
+        if self._loop.time() - self._up_since > STABLE_S:
+            self._tries.clear()
+        self._up_since = None
+        if lost_error is not None:
+            self._last_error = lost_error
+        logger.warning("the connection to NATS at %s is lost; reconnecting", lost)
         self._tell(DOWN, self._translated())
+
+    def _reconnecting_ended(self, task: asyncio.Task[Any]) -> None:
+        """nats-py 2.16 does not look at how its task ends; with an exception nobody would try any more."""
+        if task.cancelled() or task.exception() is None:
+            return
+        logger.debug("nats-py's task that reconnects has failed", exc_info=task.exception())
+        if not self._closing and self.client.is_reconnecting and self.client._reconnection_task is task:
+            self.client._reconnection_task = self._loop.create_task(self.client._attempt_reconnect())
 
     async def _on_reconnected(self) -> None:
         if self.port.up():
-            self._last_error = None
-            logger.info("connected to NATS at %s again", self.url)
-            self._tell(UP, None)
+            self._now_up()
+            logger.info("connected to NATS at %s again", self._url)
 
     async def _on_closed(self) -> None:
         if not self._closing:  # nats-py gave up, which only its plain form does
@@ -468,9 +515,8 @@ class NatsConnection:
 
     @property
     def url(self) -> str:
-        """The server it is connected to, without credentials; empty while down."""
-        url = self.client.connected_url
-        return mask_url(url.geturl()) if url is not None else ""
+        """The server it is connected to, without credentials; while down, the one it was connected to."""
+        return self._url
 
     @property
     def server_info(self) -> dict[str, Any]:
