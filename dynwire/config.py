@@ -430,6 +430,25 @@ class NatsConfig(_Part):
         Text("letters, digits, '_' and '-' in parts separated by dots", r"[A-Za-z0-9_-]{1,64}(\.[A-Za-z0-9_-]{1,64}){0,7}"),
         "begins every subject, stream and bucket; deployments that share a NATS server need different ones",
     )
+    inbox_prefix: str = setting(
+        "_INBOX",
+        "DYNWIRE_NATS_INBOX_PREFIX",
+        Text("letters, digits, '_' and '-' in parts separated by dots", r"[A-Za-z0-9_-]{1,64}(\.[A-Za-z0-9_-]{1,64}){0,7}"),
+        "begins the subjects that replies come to, for users who may subscribe to some only",
+    )
+    probe_interval: float = setting(
+        0.5, "DYNWIRE_NATS_PROBE_INTERVAL", _seconds(0.01), "silence after which a worker is asked for its requests", unit="s"
+    )
+    keepalive_timeout: float = setting(
+        10.0, "DYNWIRE_NATS_KEEPALIVE_TIMEOUT", _seconds(0.01), "a worker that does not answer that is lost", unit="s"
+    )
+    credit_budget: int = setting(
+        33554432,
+        "DYNWIRE_NATS_CREDIT_BUDGET",
+        _bytes(16384, _U31),
+        "what may be on its way to one client; the NATS server drops clients for whom more than its max_pending waits",
+        unit="bytes",
+    )
     request_mode: str = setting(
         "core", "DYN_NATS_REQUEST_MODE", Choice("core", "jetstream"), "jetstream: requests survive an absent worker"
     )

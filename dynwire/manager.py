@@ -47,6 +47,25 @@ def _http() -> Plane:
     return Plane("http", http.AsyncHttpServer, http.AsyncHttpClient, lambda config, portal: http.HttpClient(config))
 
 
+def _nats() -> Plane:
+    try:
+        import nats as _  # noqa: F401
+        import nkeys  # noqa: F401
+    except ImportError as error:
+        text = "the nats plane needs nats-py and nkeys: pip install 'dynwire[nats]'"
+        raise ConfigError(text, name="DYN_REQUEST_PLANE", value="nats", allowed="tcp, or nats with its packages") from error
+    from .planes import nats
+    from .planes.portal_faces import PortalClient
+
+    return Plane(
+        "nats",
+        nats.AsyncNatsServer,
+        nats.AsyncNatsClient,
+        lambda config, portal: PortalClient("nats", portal, lambda: nats.AsyncNatsClient(config)),
+        nats.queue_instance,
+    )
+
+
 def _memory() -> Plane:
     from .planes import memory
     from .planes.portal_faces import PortalClient
@@ -59,7 +78,7 @@ def _memory() -> Plane:
     )
 
 
-_PLANES: dict[str, Callable[[], Plane]] = {"tcp": _tcp, "http": _http, "memory": _memory}
+_PLANES: dict[str, Callable[[], Plane]] = {"tcp": _tcp, "http": _http, "nats": _nats, "memory": _memory}
 """Name to loader. A further plane is one entry here; what it depends on is imported when it is used."""
 
 

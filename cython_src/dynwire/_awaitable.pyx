@@ -357,7 +357,7 @@ cdef class Waiter(StreamBase):
         peer = self.channel.peer if self.channel is not None else None
         phase = "total" if total else self.phase
         remedy = {
-            "total": "timeout=",
+            "total": self.total_setting or "timeout=",
             "accept": "DYN_TCP_REQUEST_TIMEOUT or Timeouts(accept=…)",
             "first_item": "Timeouts(first_item=…)",
             "between_items": "Timeouts(between_items=…)",

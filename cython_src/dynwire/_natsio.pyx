@@ -6,9 +6,12 @@ and handlers begin in the read callback, and what they publish leaves together a
 
 import weakref
 
+from cpython.bytes cimport PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+
 from ._link cimport S_WRITTEN
 from ._natsproto cimport PORT_CLOSED, PORT_UP, MessagePort, MessageSink
-from ._natswire cimport NatsPeer, NatsTarget, NatsWire, header_lines
+from ._natsqueue cimport QueueRequest, QueueTarget, QueueWire
+from ._natswire cimport HEADERS_STATUS, NatsPeer, NatsTarget, fields, header_lines, parse_headers
 
 from .errors import PermissionDenied
 
@@ -51,7 +54,7 @@ cdef class LinkSink(MessageSink):
         return self.link.writable()
 
 
-cdef class NatsLink(NatsWire):
+cdef class NatsLink(QueueWire):
     """One side of the plane on an event loop. Used from the loop's thread only."""
 
     cdef readonly object loop
@@ -162,6 +165,14 @@ cdef class NatsLink(NatsWire):
             (<StreamBase>stream).on_lost(error)
         return 0
 
+    def forget(self, error):
+        """Its loop is closed: nothing can be published, or waited for."""
+        self.timer_handle = None
+        self.port = None
+        self.dead = True
+        self.close_error = error
+        self.take_all_streams()
+
     def close(self, error=None):
         """Close now; streams in flight end with ``error``."""
         cdef StreamBase stream
@@ -171,6 +182,8 @@ cdef class NatsLink(NatsWire):
             if self.is_client:
                 for stream in self.slots:
                     if stream is not None:
+                        if type(stream.under) is QueueRequest:
+                            self.take_back(stream, <QueueRequest>stream.under)
                         self.put_cancel(stream, 2)
             self.port.flush()
         self.lost(error or ManagerClosed("the connection was closed", peer=self.peer, sent="maybe"))
@@ -216,12 +229,16 @@ cdef class NatsChannel(ChannelBase):
 
     cdef NatsClientLink link
     cdef NatsTarget target
+    cdef readonly bint queued            # requests go to the endpoint's queue …
+    cdef readonly QueueTarget queue      # … which this is, once it was found
     cdef readonly object client
     cdef RequestOptions options
     cdef str endpoint
     cdef object loop
 
-    def __init__(self, instance, client, NatsClientLink link not None, NatsPeer peer not None, RequestOptions options not None):
+    def __init__(self, instance, client, NatsClientLink link not None, NatsPeer peer not None, RequestOptions options not None,
+                 bint queued=False):
+        self.queued = queued
         self.instance = instance
         self.client = client
         self.link = link
@@ -235,10 +252,15 @@ cdef class NatsChannel(ChannelBase):
     def ready(self):
         # Also while the connection is being restored: requests then wait, within their deadlines and the channel buffer.
         cdef NatsClientLink link = self.link
-        return link.port is not None and not link.dead and link.port.state != PORT_CLOSED
+        return (
+            link.port is not None and not link.dead and link.port.state != PORT_CLOSED
+            and (not self.queued or self.queue is not None)
+        )  # fmt: skip
 
     async def connect(self, timeout=None):
         await self.client.connect(timeout)
+        if self.queued and self.queue is None:
+            self.queue = await self.client.queue(self.endpoint, timeout)
 
     cdef int start(self, Waiter call, object payload, object timeouts, object reply_type, Context context) except -1:
         cdef NatsClientLink link = self.link
@@ -250,11 +272,15 @@ cdef class NatsChannel(ChannelBase):
             raise ManagerClosed("the client is closed", peer=self.peer)
         if link.port is None:
             raise ConnectError(f"not connected to NATS, and so not to {self.peer}", peer=self.peer)
+        if self.queued and self.queue is None:
+            raise ConnectError(f"the queue of {self.endpoint} was not opened", peer=self.peer)
         call.loop = self.loop
         call.reply_type = reply_type
-        call.under = self.target
+        call.under = QueueRequest(self.queue, link.nobody) if self.queued else self.target
         data = encode_payload(payload, &kind, self.options.kind)
         set_limits(call, self.options, timeouts, context, now)
+        if self.queued:
+            limit_by_queue(call, self.queue, timeouts, now)
         meta = request_lines(context, link.token)
         if context is not None:
             if context._flags & CTX_KILLED:
@@ -280,6 +306,18 @@ cdef class NatsChannel(ChannelBase):
         self.start(reader, payload, timeouts, reply_type, context)
         reader.source = self.link
         return make_item_stream(reader)
+
+
+cdef int limit_by_queue(Waiter call, QueueTarget target, object timeouts, double now) except -1:
+    """A request ends with what the queue keeps. It is accepted when that has confirmed it, which may take a restart of the server."""
+    cdef double age = target.queue.queue.max_age
+    if call.total_deadline > now + age:
+        call.total_deadline = now + age
+        call.total_timeout = age
+        call.total_setting = "DYNWIRE_NATS_QUEUE_MAX_AGE"
+    if call.phase == "accept" and not (isinstance(timeouts, Timeouts) and timeouts.accept is not None):
+        call.phase_deadline = INFINITY
+    return 0
 
 
 cdef bytes request_lines(Context context, bytes token):
@@ -341,6 +379,17 @@ cdef class NatsServerLink(NatsLink):
             self.spare = task
         return 0
 
+    cdef bint given_back(self, StreamBase stream):
+        cdef HandlerTask task = <HandlerTask>stream
+        return task.evicted and not task.item_sent and not task.timed_out
+
+    cdef bint has_room(self, bytes subject):
+        cdef EndpointEntry entry = self.entries.get(subject[PyBytes_GET_SIZE(self.queue_subject):].decode())
+        return (
+            entry is not None and not entry.draining and not entry.removed and not self.draining
+            and entry.in_flight < entry.max_in_flight and self.live < self.max_streams
+        )  # fmt: skip
+
     def endpoints_changed(self):
         """``entries`` has others than before."""
         self.forget_targets()
@@ -356,3 +405,38 @@ cdef class NatsServerLink(NatsLink):
     def kill_tasks(self, entry=None):
         """Cancel handlers because this worker ends them; returns how many."""
         return kill_tasks_of(self, entry)
+
+
+cdef class QueueSink(MessageSink):
+    """Takes what the queue of one endpoint sends to this worker. ``consumer`` is a `dynwire.nats.pull.QueueConsumer`."""
+
+    cdef NatsServerLink link
+    cdef public object consumer
+    cdef bytes subject               # the endpoint's in core mode, to any worker
+
+    def __init__(self, NatsServerLink link not None, str endpoint):
+        self.link = link
+        self.subject = link.queue_subject + endpoint.encode()
+
+    cdef int on_message(self, const unsigned char *subject, size_t subject_n, const unsigned char *reply, size_t reply_n,
+                        const unsigned char *headers, size_t headers_n, const unsigned char *payload, size_t n,
+                        object owner) except -1:
+        cdef fields f
+        cdef size_t others
+        if parse_headers(headers, headers_n, &f, &others) == HEADERS_STATUS:
+            self.consumer.on_status(f.kind, PyBytes_FromStringAndSize(<const char *>headers, headers_n))
+            return 0
+        delivery = self.consumer.take(PyBytes_FromStringAndSize(<const char *>reply, reply_n))
+        if delivery is None:
+            return 0
+        self.link.shared.task_left = True
+        self.link.receive_queued(self.consumer, delivery, self.subject, headers, headers_n, payload, n, owner)
+        return 0
+
+    cdef int on_batch(self, bint begin) except -1:
+        return self.link.batch(begin)
+
+    cdef int on_state(self, int state, object error) except -1:
+        if state == PORT_UP and error is None:
+            self.consumer.connected()  # after the link, whose replies go first
+        return 0

@@ -25,6 +25,7 @@ cdef class QueueRequest(NatsTarget):
     cdef uint64_t codec, credit, accept_ms
     cdef readonly double deadline
     cdef readonly uint32_t run           # how often it was queued anew
+    cdef bint stop                       # its worker is to be told to finish early
 
 cdef class QueueRun:
     """(server) A request that came from a queue."""

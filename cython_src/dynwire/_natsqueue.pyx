@@ -250,6 +250,8 @@ cdef class QueueWire(NatsWire):
             return 0
         if reply_n and request.peer is self.nobody:
             request.peer = self.worker_at(reply, reply_n)
+            if request.stop:
+                self.put_cancel(stream, 1)
         if f.kind == c"a":
             if n and n <= INBOX_LIMIT:
                 request.ack = PyBytes_FromStringAndSize(<const char *>payload, n)
@@ -383,6 +385,11 @@ cdef class QueueWire(NatsWire):
                 self.given_up.clear()  # those end with their time to live
             self.given_up[stream.seq] = request.target
         return 0
+
+    cdef int put_cancel(self, StreamBase stream, int kind) except -1:
+        if kind == 1 and type(stream.under) is QueueRequest:
+            (<QueueRequest>stream.under).stop = True  # also for a worker that is not known yet
+        return NatsWire.put_cancel(self, stream, kind)
 
     cdef int abandon(self, StreamBase stream, int kind) except -1:
         if type(stream.under) is QueueRequest and stream.conn is self and not stream.state & S_ENDED:

@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from typing import TYPE_CHECKING
 
 import msgspec
 
-from .._natsproto import UP
 from ..errors import DeadlineExceeded, DynwireError, PeerLost
 from .queue import CONSUMER, MAX_PAUSE_S, NAK, NAK_LATER, PAUSE_S, PROGRESS, Delivery, Queue, QueueAdmin, QueueNames
 
@@ -43,6 +43,9 @@ NO_MESSAGES = 404
 EXPIRED = 408
 CONFLICT = 409  # consumer deleted, leader changed, server shutting down, too many questions
 NO_RESPONDERS = 503  # no such consumer, or no JetStream
+
+
+_PENDING = re.compile(rb"\r\nNats-Pending-Messages: *(\d{1,9})\r\n")
 
 
 class PullWindow:
@@ -142,6 +145,7 @@ class QueueConsumer:
         self._connection = connection
         self._admin = QueueAdmin(connection.client, config)
         self._names = names
+        self._config = config
         self._sink = sink
         self._loop = asyncio.get_running_loop()
         self._window = PullWindow(min(limit, config.queue_max_in_flight))
@@ -187,6 +191,7 @@ class QueueConsumer:
         inbox = self._connection.client.new_inbox()
         self._subscription = await self._connection.subscribe(inbox, self._sink)
         self._inbox = inbox.encode()
+        self.connected()
         self._window.reset()
         self._ask()
 
@@ -211,11 +216,13 @@ class QueueConsumer:
             await subscription.drain()
 
     def _on_state(self, state: int, error: BaseException | None) -> None:
-        if state == UP:
-            unsaid, self._unsaid = self._unsaid, []
-            for subject, word in unsaid:
-                self._say(subject, word)
         self._reopen()
+
+    def connected(self) -> None:
+        """There is a connection again, and the plane has published its replies that waited for it."""
+        unsaid, self._unsaid = self._unsaid, []
+        for subject, word in unsaid:
+            self._say(subject, word)
 
     def _reopen(self) -> None:
         """What we have asked is void."""
@@ -261,12 +268,15 @@ class QueueConsumer:
         self._progress.add(delivery, now)
         return delivery
 
-    def on_status(self, code: int, text: str, left: int | None) -> None:
-        """A message without a request: a heartbeat, or why a question ended."""
+    def on_status(self, code: int, headers: bytes) -> None:
+        """A message without a request: a heartbeat, or why a question ended. ``headers`` is its block."""
+        found = _PENDING.search(headers)
+        left = None if found is None else int(found[1])
         if self._window.status(code, left, self._loop.time()):
             self._ask()
         elif not self._stopping:
-            logger.info("the queue of %s answered %d %s: asking anew", self._names.endpoint, code, text)
+            text = headers.partition(b"\r\n")[0].decode("latin-1").removeprefix("NATS/1.0 ")
+            logger.info("the queue of %s answered %s: asking anew", self._names.endpoint, text)
             self._reopen()
 
     def refusal(self, delivery: Delivery, timeout_ms: int) -> int | DynwireError:

@@ -74,14 +74,16 @@ class Worker:
 
     def __init__(self, connection: NatsConnection, config: NatsConfig = CONFIG, limit: int = 100) -> None:
         self.taken: asyncio.Queue[tuple[Delivery, bytes]] = asyncio.Queue()
-        self.consumer = QueueConsumer(connection, NAMES, config, CallbackSink(self.on_message), limit)
+        sink = CallbackSink(self.on_message, on_state=self.on_state)
+        self.consumer = QueueConsumer(connection, NAMES, config, sink, limit)
+
+    def on_state(self, state: int, error: BaseException | None) -> None:
+        if state == UP:
+            self.consumer.connected()
 
     def on_message(self, subject: bytes, reply: bytes, headers: bytes | None, payload: Buffer) -> None:
         if headers is not None and headers.startswith(b"NATS/1.0 "):
-            first, *rest = headers.decode().split("\r\n")
-            _, code, *text = first.split(" ", 2)
-            left = [line.partition(":")[2] for line in rest if line.startswith("Nats-Pending-Messages:")]
-            self.consumer.on_status(int(code), " ".join(text), int(left[0]) if left else None)
+            self.consumer.on_status(int(headers[9:12]), headers)
             return
         delivery = self.consumer.take(reply)
         if delivery is not None:

@@ -12,18 +12,15 @@ from typing import Any
 from ..._awaitable import EndpointEntry
 from ...config import Config
 from ...errors import ConfigError, DynwireError, ManagerClosed, PlaneMismatch
-from ...types import Handler
-from ..base import AsyncRequestPlaneServer
+from ..serving import KILLED_GRACE_S, EndpointServer
 from .address import SOFTWARE, join_address, listen, tune
 
 HELLO_TIMEOUT_S = 10.0
 """A connection that has not introduced itself by then is closed."""
-KILLED_GRACE_S = 0.5
-"""How long closing waits for killed handlers to clean up."""
 _OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
-class AsyncSocketServer(AsyncRequestPlaneServer):
+class AsyncSocketServer(EndpointServer):
     """Listens on one port and runs the handlers of all its endpoints on the event loop it was started on."""
 
     software = SOFTWARE
@@ -39,19 +36,16 @@ class AsyncSocketServer(AsyncRequestPlaneServer):
         return join_address(host, port)
 
     def __init__(self, config: Config) -> None:
+        super().__init__()
         self._config = config
-        self._loop: asyncio.AbstractEventLoop
-        self.entries: dict[str, EndpointEntry] = {}
         self.token = config.token
         self._connections: set[Any] = set()
         self._sock: socket.socket | None = None
         self._address = ""
-        self._closed = False
         self._base_context = contextvars.copy_context()
         self._retry_accept: asyncio.TimerHandle | None = None
         self._hello_check: asyncio.TimerHandle | None = None
         self._foreign: set[str] = set()
-        self._idle: dict[EndpointEntry, asyncio.Future[None]] = {}
         self._log = logging.getLogger(f"dynwire.{self.plane}")
 
     @property
@@ -140,49 +134,8 @@ class AsyncSocketServer(AsyncRequestPlaneServer):
 
     # Endpoints -------------------------------------------------------------------------------------------------------------
 
-    def add_endpoint(self, endpoint: str, handler: Handler) -> None:
-        if self._closed:
-            raise ManagerClosed("the server is closed")
-        if endpoint in self.entries:
-            raise ConfigError(f"{endpoint} is already served by this process", name="endpoint", value=endpoint)
-        self.entries[endpoint] = EndpointEntry(endpoint, handler)
-
-    async def remove_endpoint(self, endpoint: str, grace: float = 0.0) -> int:
-        entry = self.entries.get(endpoint)
-        if entry is None:
-            return 0
-        entry.draining = True
-        await self._wait_idle([entry], grace)
-        killed = self._kill(entry)
-        if killed:
-            await self._wait_idle([entry], KILLED_GRACE_S)
-        entry.removed = True
-        if self.entries.get(endpoint) is entry:
-            del self.entries[endpoint]
-        return killed
-
-    def in_flight(self, endpoint: str | None = None) -> int:
-        if endpoint is not None:
-            entry = self.entries.get(endpoint)
-            return 0 if entry is None else entry.in_flight
-        return sum(entry.in_flight for entry in self.entries.values())
-
     def _kill(self, entry: EndpointEntry | None = None) -> int:
         return sum(connection.kill_tasks(entry) for connection in list(self._connections))
-
-    async def _wait_idle(self, entries: list[EndpointEntry], limit: float) -> None:
-        """Until no request of these endpoints is running, or ``limit`` seconds have passed."""
-        deadline = self._loop.time() + limit
-        for entry in entries:
-            while entry.in_flight and (left := deadline - self._loop.time()) > 0:
-                # Shared: a drain of the endpoint and the closing of the server may wait at the same time.
-                idle = self._idle.get(entry)
-                if idle is None or idle.done():
-                    idle = self._idle[entry] = self._loop.create_future()
-                    entry.on_idle = lambda idle=idle: idle.done() or idle.set_result(None)
-                await asyncio.wait((idle,), timeout=left)
-        for entry in entries:
-            self._idle.pop(entry, None)
 
     async def _wait_written(self, limit: float) -> None:
         """Until the last replies have been handed to the system, or ``limit`` seconds have passed."""
