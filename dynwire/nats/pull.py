@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from ..errors import DeadlineExceeded, DynwireError, PeerLost
-from .queue import CONSUMER, MAX_PAUSE_S, NAK, NAK_LATER, PAUSE_S, PROGRESS, Delivery, Queue, QueueAdmin, QueueNames
+from .queue import ACK, CONSUMER, MAX_PAUSE_S, NAK, NAK_LATER, PAUSE_S, PROGRESS, TERM, Delivery, Queue, QueueAdmin, QueueNames
 
 if TYPE_CHECKING:
     from .._natsport import PortSubscription
@@ -156,6 +156,8 @@ class QueueConsumer:
         self._unsaid: list[tuple[bytes, bytes]] = []
         """acknowledgements that wait for the connection"""
         self._void = asyncio.Event()
+        self._finished: dict[int, float] = {}
+        """requests that were acknowledged lately -> until when a further delivery of them is taken for one that crossed that"""
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -167,7 +169,7 @@ class QueueConsumer:
         self.redelivered = 0
         """deliveries of requests that a worker had been given before: each may be a duplicate execution"""
         self.repeated_here = 0
-        """deliveries of requests that were still running in this worker, and were not started again"""
+        """deliveries of requests that this worker had been given before and were running or just done, and were not run again"""
 
     @property
     def running(self) -> int:
@@ -216,6 +218,8 @@ class QueueConsumer:
             await subscription.drain()
 
     def _on_state(self, state: int, error: BaseException | None) -> None:
+        # What we published last may be lost, and replies with it: then a further delivery is to be run.
+        self._finished.clear()
         self._reopen()
 
     def connected(self) -> None:
@@ -263,6 +267,11 @@ class QueueConsumer:
             here.ack = delivery.ack
             self._say(reply, PROGRESS)
             return None
+        if delivery.seq in self._finished:
+            # It was given to us again while we finished it: the loop was blocked by its own handler, for example.
+            self.repeated_here += 1
+            self._say(reply, ACK)
+            return None
         if delivery.attempt > 1:
             self.redelivered += 1
         self._progress.add(delivery, now)
@@ -303,6 +312,8 @@ class QueueConsumer:
     def finished(self, delivery: Delivery, verdict: bytes) -> None:
         """The request has ended and its reply was handed over: `ACK`, `NAK` (another worker shall have it) or `TERM`."""
         if self._progress.remove(delivery):
+            if verdict in (ACK, TERM):
+                self._finished[delivery.seq] = self._loop.time() + self._config.queue_ack_wait
             self._say(delivery.ack, verdict)
             self._ask()
 
@@ -310,6 +321,9 @@ class QueueConsumer:
         now = self._loop.time()
         for delivery in self._progress.due(now):
             self._say(delivery.ack, PROGRESS)
+        # Insertion is in the order of time.
+        while self._finished and (first := next(iter(self._finished.items())))[1] < now:
+            del self._finished[first[0]]
         if self._window.silent(now):
             self._reopen()
         self._ask()
