@@ -7,6 +7,7 @@ cdef enum:
     F_QUEUED = 8                 # in_flags of a stream at the server: it came from a queue, to which its end is reported
     RUN_SHIFT = 10               # an attempt is a number: run << 10 | delivery of the queue
     MAX_DELIVERY = 1023
+    FINAL_SLOT = 0xFFFFFE        # as a slot: the reply subject of the last message of a queued request
     MAX_RUNS = 16                # times that a caller queues a request whose reply was lost
     QUEUE_ROOM = 512             # bytes of headers that a queued request needs more than another
 
@@ -47,6 +48,9 @@ cdef class QueueWire(NatsWire):
     cdef uint32_t arriving_attempt, arriving_ms
     cdef dict runs                       # stream -> QueueRun
     cdef dict lost_callers               # prefix of inboxes -> when the NATS server first said that nobody listens there
+    cdef uint32_t final_no
+    cdef dict finals                     # number in the reply subject of a last message -> QueueRun, until it is acknowledged
+    cdef readonly uint64_t unheard       # messages that no caller listened for
     cdef readonly uint64_t expired       # requests that were over when they came
     cdef readonly uint64_t poisonous     # requests that were given to too many workers
 
@@ -62,5 +66,6 @@ cdef class QueueWire(NatsWire):
     cdef int look_at_queues(self, double now) except -1
     cdef int receive_queued(self, object consumer, object delivery, bytes subject, const unsigned char *headers, size_t headers_n,
                             const unsigned char *payload, size_t n, object owner) except -1
+    cdef bytes final_reply(self, StreamBase stream)
     cdef bint given_back(self, StreamBase stream)
     cdef bint has_room(self, bytes subject)

@@ -34,8 +34,9 @@ from ._natswire cimport (
 from .errors import DeadlineExceeded, DynwireError, MessageTooLarge, PeerLost
 from .wire.faults import error_body
 
-cdef double ACCEPT_AFTER_S = 0.1
-"""A worker names itself to the caller of a request that has run for so long: then it can be cancelled, and looked after."""
+cdef double ACCEPT_AFTER_S = 0.001
+"""A worker names itself to the caller of a request whose handler is not done at once: then it can be cancelled, and looked after.
+And it learns soon whether the caller is there at all."""
 cdef bytes _INBOX = b"\r\nDynwire-Inbox: "
 cdef bytes _NAK = b"-NAK"
 cdef object ACK = b"+ACK"
@@ -76,6 +77,7 @@ cdef class QueueWire(NatsWire):
         self.queue_at = INFINITY
         self.runs = {}
         self.lost_callers = {}
+        self.finals = {}
         self.nobody = NatsPeer("nats:a.queue")
         self.nobody.control = None
 
@@ -172,6 +174,34 @@ cdef class QueueWire(NatsWire):
     def add_queue(self, QueueTarget target not None):
         """A channel to a queue was opened."""
         self.targets_.append(target)
+
+    def waiting_in(self, QueueTarget target not None):
+        """Numbers of the requests in a queue of which no worker has said that it has them."""
+        cdef StreamBase stream
+        cdef QueueRequest request
+        cdef list out = []
+        for stream in self.slots:
+            if stream is not None and type(stream.under) is QueueRequest:
+                request = <QueueRequest>stream.under
+                if request.target is target and request.number and request.peer is self.nobody:
+                    out.append(request.number)
+        return out
+
+    def missing_in(self, QueueTarget target not None, set numbers, double now):
+        """Requests that have left the queue, and whose reply has not come: it was lost on the way."""
+        cdef StreamBase stream
+        cdef QueueRequest request
+        self.now = now
+        for stream in list(self.slots):
+            if stream is not None and type(stream.under) is QueueRequest:
+                request = <QueueRequest>stream.under
+                if request.target is target and request.number in numbers and request.peer is self.nobody:
+                    self.gaps += 1
+                    self.lose(stream, PeerLost(
+                        f"the reply of a worker of {target.queue.names.endpoint} was lost while there was no connection to NATS",
+                        sent="yes",
+                    ))  # fmt: skip
+        self.wrote()
 
     def queue_found(self, QueueTarget target not None, bint anew, double now):
         """The queue was looked for and is there: what it has not confirmed goes out again. ``anew``: it has lost what it had."""
@@ -475,7 +505,7 @@ cdef class QueueWire(NatsWire):
         head = b"NATS/1.0\r\nD: i %d %d %d %d\r\n\r\n" % (stream.mark, kind, last, stream.attempt)
         stream.mark += 1
         return self.port.publish(
-            <bytes>stream.under, None if last else self.own_reply(stream), <const unsigned char *>PyBytes_AS_STRING(head),
+            <bytes>stream.under, self.final_reply(stream) if last else self.own_reply(stream), <const unsigned char *>PyBytes_AS_STRING(head),
             PyBytes_GET_SIZE(head), p, n, owner if n >= 65536 and type(owner) is bytes else memoryview(owner) if n >= 65536 else None,
         )  # fmt: skip
 
@@ -483,7 +513,8 @@ cdef class QueueWire(NatsWire):
         if not stream.in_flags & F_QUEUED or stream.state & S_ENDED:
             return NatsWire.put_end(self, stream)
         stream.state |= S_ENDED
-        return self.put_bytes(<bytes>stream.under, None, b"NATS/1.0\r\nD: e %d %d\r\n\r\n" % (stream.mark, stream.attempt), b"")
+        return self.put_bytes(<bytes>stream.under, self.final_reply(stream),
+                              b"NATS/1.0\r\nD: e %d %d\r\n\r\n" % (stream.mark, stream.attempt), b"")
 
     cdef int put_error(self, StreamBase stream, int code, bytes body) except -1:
         if not stream.in_flags & F_QUEUED or stream.state & S_ENDED:
@@ -495,7 +526,42 @@ cdef class QueueWire(NatsWire):
         if self.up() and len(body) + 64 > min(self.port.max_payload, self.max_payload):
             return NatsWire.put_error(self, stream, code, body)  # with another text
         stream.state |= S_ENDED
-        return self.put_bytes(<bytes>stream.under, None, b"NATS/1.0\r\nD: x %d\r\n\r\n" % stream.attempt, body)
+        return self.put_bytes(<bytes>stream.under, self.final_reply(stream), b"NATS/1.0\r\nD: x %d\r\n\r\n" % stream.attempt, body)
+
+    cdef bytes final_reply(self, StreamBase stream):
+        """Where the NATS server answers if nobody listens for the last message. Until then it is not acknowledged."""
+        cdef QueueRun run = self.runs[stream]
+        self.final_no += 1
+        run.delivery.final = self.final_no
+        self.finals[self.final_no] = run
+        return self.subject + b"._.%06x%08x" % (FINAL_SLOT, self.final_no)
+
+    def forget_final(self, uint32_t number):
+        """The request was acknowledged."""
+        self.finals.pop(number, None)
+
+    cdef int control_message(self, const unsigned char *rest, size_t rest_n, const unsigned char *reply, size_t reply_n,
+                             int found, fields *f, const unsigned char *payload, size_t n) except -1:
+        """The caller may be reconnecting, as after a restart of the server: what it did not hear has to be said once more."""
+        cdef StreamBase stream
+        cdef QueueRun run
+        cdef uint32_t slot, seq
+        if found == HEADERS_STATUS and rest_n == 2 + TOKEN_BYTES and parse_token(rest + 2, &slot, &seq):
+            if slot == FINAL_SLOT:
+                run = self.finals.pop(seq, None)
+                if run is not None:
+                    self.unheard += 1
+                    run.consumer.unheard(run.delivery)
+                return 0
+            stream = self.get_slot(slot)
+            if stream is not None and stream.seq == seq and stream.in_flags & F_QUEUED:
+                self.unheard += 1
+                run = self.runs.pop(stream)
+                self.free_slot(stream)
+                stream.on_lost(PeerLost("nobody listens to the caller's inbox: it is gone, or reconnecting", sent="yes"))
+                run.consumer.give_back(run.delivery)
+                return 0
+        return NatsWire.control_message(self, rest, rest_n, reply, reply_n, found, f, payload, n)
 
     cdef int put_accept(self, StreamBase stream) except -1:
         if not stream.in_flags & F_QUEUED or stream.state & S_ENDED:
@@ -519,6 +585,7 @@ cdef class QueueWire(NatsWire):
 
     cdef list take_all_streams(self):
         self.runs.clear()  # whoever closes the connection gives them back
+        self.finals.clear()
         self.given_up.clear()
         self.queue_at = INFINITY
         for target in self.targets_:
@@ -550,4 +617,5 @@ cdef class QueueWire(NatsWire):
             found["queued"] = len(self.runs)
             found["expired"] = self.expired
             found["poisonous"] = self.poisonous
+            found["unheard"] = self.unheard
         return found

@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from .._natsproto import UP
 from ..errors import DynwireError
@@ -15,6 +14,9 @@ from .queue import MAX_PAUSE_S, PAUSE_S, Queue, QueueAdmin, QueueNames, parse_pu
 if TYPE_CHECKING:
     from ..config import NatsConfig
     from .connection import NatsConnection
+
+ON_THE_WAY_S = 0.25
+"""A reply was published before its request left the queue. It may still be on its way through another server of a cluster"""
 
 logger = logging.getLogger("dynwire.nats")
 
@@ -25,23 +27,33 @@ LOOK_TIMEOUT_S = 5.0
 """for one attempt to find the queue again; there is another one after it"""
 
 
+class Requests(Protocol):
+    """Those of one caller that go to one queue."""
+
+    def found(self, anew: bool) -> None:
+        """The queue is there: publish again what it has not confirmed. ``anew``: it is another one, and has lost all others."""
+
+    def waiting(self) -> list[int]:
+        """Numbers of those that it has confirmed, and that no worker has taken as far as we know."""
+
+    def missing(self, numbers: set[int]) -> None:
+        """These are not in the queue any more."""
+
+
 class CallerQueue:
     """All methods: the loop's thread.
 
-    ``on_found(anew)`` is called when the queue was looked for and is there: what is not confirmed can be published again.
-    ``anew``: it is not the one that it was, so what was confirmed is lost too.
+    ``requests`` are told when the queue was looked for and is there.
     """
 
-    def __init__(
-        self, connection: NatsConnection, names: QueueNames, config: NatsConfig, on_found: Callable[[bool], object]
-    ) -> None:
+    def __init__(self, connection: NatsConnection, names: QueueNames, config: NatsConfig, requests: Requests) -> None:
         self.names = names
         self.config = config
         self.queue: Queue | None = None
         """as it was found last; None before `open`"""
         self._connection = connection
         self._admin = QueueAdmin(connection.client, config)
-        self._on_found = on_found
+        self._requests = requests
         self._loop = asyncio.get_running_loop()
         self._looking: asyncio.Task[None] | None = None
         self._deletes: set[asyncio.Task[None]] = set()
@@ -73,7 +85,25 @@ class CallerQueue:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, MAX_PAUSE_S)
         before, self.queue = self.queue, found
-        self._on_found(before is not None and before.created != found.created)
+        anew = before is not None and before.created != found.created
+        self._requests.found(anew)
+        if not anew:
+            await self._find_missing()
+
+    async def _find_missing(self) -> None:
+        """Replies that came while we were away are lost, and their requests have left the queue."""
+        from nats.errors import Error as NatsError
+
+        missing = set()
+        try:
+            for number in self._requests.waiting():
+                if not await self._admin.has(self.names, number):
+                    missing.add(number)
+        except (NatsError, OSError, DynwireError) as error:
+            logger.warning("the queue of %s could not be asked for the requests that wait: %r", self.names.endpoint, error)
+        if missing:
+            await asyncio.sleep(ON_THE_WAY_S)
+            self._requests.missing(missing)
 
     def take_back(self, seq: int) -> None:
         """A request that nobody waits for any more leaves the queue, if no worker has finished it. Best effort, never waits."""

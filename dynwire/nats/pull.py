@@ -10,12 +10,14 @@ import contextlib
 import logging
 import re
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import msgspec
 
+from .._natsproto import UP
 from ..errors import DeadlineExceeded, DynwireError, PeerLost
-from .queue import ACK, CONSUMER, MAX_PAUSE_S, NAK, NAK_LATER, PAUSE_S, PROGRESS, TERM, Delivery, Queue, QueueAdmin, QueueNames
+from .queue import ACK, CONSUMER, MAX_PAUSE_S, NAK, PAUSE_S, PROGRESS, TERM, Delivery, Queue, QueueAdmin, QueueNames, nak_later
 
 if TYPE_CHECKING:
     from .._natsport import PortSubscription
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from .connection import NatsConnection
 
 logger = logging.getLogger("dynwire.nats")
+
+LAST_ACKS_S = 1.0
+"""how long closing waits for the last acknowledgements"""
 
 REOPEN_TIMEOUT_S = 5.0
 """for one attempt to find the queue again; there is another one after it"""
@@ -154,7 +159,14 @@ class QueueConsumer:
         self._inbox = b""
         self._subscription: PortSubscription | None = None
         self._unsaid: list[tuple[bytes, bytes]] = []
-        """acknowledgements that wait for the connection"""
+        """words to the queue that wait for the connection"""
+        self._unproven: dict[int, Delivery] = {}
+        """requests whose last message was published, and of which the server may still say that nobody listens for it"""
+        self._proving: asyncio.Task[None] | None = None
+        self._up = asyncio.Event()
+        self._up.set()
+        self.forget_final: Callable[[int], object] = lambda number: None
+        """called with ``delivery.final`` when a request was acknowledged; for the plane"""
         self._void = asyncio.Event()
         self._finished: dict[int, float] = {}
         """requests that were acknowledged lately -> until when a further delivery of them is taken for one that crossed that"""
@@ -181,7 +193,7 @@ class QueueConsumer:
         try:
             await self._open(timeout)
         except BaseException:
-            self.close()
+            await self.close()
             raise
         self._task = self._loop.create_task(self._keep_open(), name=f"dynwire-queue-{self._names.endpoint}")
         self._tick()
@@ -220,6 +232,12 @@ class QueueConsumer:
     def _on_state(self, state: int, error: BaseException | None) -> None:
         # What we published last may be lost, and replies with it: then a further delivery is to be run.
         self._finished.clear()
+        if state != UP:
+            self._up.clear()
+            # Their last messages may be lost with the connection.
+            for delivery in self._unproven.values():
+                self._say(delivery.ack, NAK)
+            self._unproven.clear()
         self._reopen()
 
     def connected(self) -> None:
@@ -227,6 +245,7 @@ class QueueConsumer:
         unsaid, self._unsaid = self._unsaid, []
         for subject, word in unsaid:
             self._say(subject, word)
+        self._up.set()
 
     def _reopen(self) -> None:
         """What we have asked is void."""
@@ -267,7 +286,7 @@ class QueueConsumer:
             here.ack = delivery.ack
             self._say(reply, PROGRESS)
             return None
-        if delivery.seq in self._finished:
+        if delivery.seq in self._finished or delivery.seq in self._unproven:
             # It was given to us again while we finished it: the loop was blocked by its own handler, for example.
             self.repeated_here += 1
             self._say(reply, ACK)
@@ -307,15 +326,53 @@ class QueueConsumer:
 
     def give_back(self, delivery: Delivery) -> None:
         """It can't be run here now: another worker shall have it, or this one in a moment."""
-        self.finished(delivery, NAK_LATER)
+        self.finished(delivery, nak_later(delivery.attempt))
 
     def finished(self, delivery: Delivery, verdict: bytes) -> None:
-        """The request has ended and its reply was handed over: `ACK`, `NAK` (another worker shall have it) or `TERM`."""
-        if self._progress.remove(delivery):
-            if verdict in (ACK, TERM):
-                self._finished[delivery.seq] = self._loop.time() + self._config.queue_ack_wait
+        """The request has ended and its reply was published: `ACK`, `NAK` (another worker shall have it) or `TERM`.
+
+        It is acknowledged when the NATS server has taken the reply and has not called `unheard`.
+        """
+        if not self._progress.remove(delivery):
+            return
+        if verdict is ACK:
+            self._unproven[delivery.seq] = delivery
+            if self._proving is None or self._proving.done():
+                self._proving = self._loop.create_task(self._prove(), name=f"dynwire-queue-acks-{self._names.endpoint}")
+        else:
+            if verdict is TERM:
+                self._forget_later(delivery)
             self._say(delivery.ack, verdict)
-            self._ask()
+        self._ask()
+
+    def unheard(self, delivery: Delivery) -> None:
+        """Nobody listened for the last message: the caller is gone, or reconnecting, and shall get another reply then."""
+        if self._unproven.get(delivery.seq) is delivery:
+            del self._unproven[delivery.seq]
+            self._say(delivery.ack, nak_later(delivery.attempt))
+
+    async def _prove(self) -> None:
+        """Acknowledge what was replied to, as many requests with one question to the server as have come since the last."""
+        from nats.errors import Error as NatsError
+
+        while self._unproven:
+            await self._up.wait()
+            batch = tuple(self._unproven.values())
+            try:
+                await self._connection.client.flush()
+            except (NatsError, OSError):
+                # Silence beyond the 10 s that nats-py waits, or the connection is gone: what was published is told of then.
+                await asyncio.sleep(PAUSE_S)
+                continue
+            for delivery in batch:
+                if self._unproven.get(delivery.seq) is delivery:
+                    del self._unproven[delivery.seq]
+                    self._forget_later(delivery)
+                    self._say(delivery.ack, ACK)
+
+    def _forget_later(self, delivery: Delivery) -> None:
+        self._finished[delivery.seq] = self._loop.time() + self._config.queue_ack_wait
+        self.forget_final(delivery.final)
 
     def _tick(self) -> None:
         now = self._loop.time()
@@ -348,8 +405,13 @@ class QueueConsumer:
                 await task
         await self._end_subscription()
 
-    def close(self) -> None:
-        """After `stop`, when no request runs any more: end the timer. What still runs is given to another worker, at once."""
+    async def close(self) -> None:
+        """After `stop`, when no request runs any more. What still runs is given to another worker, at once."""
+        if self._proving is not None:
+            await asyncio.wait((self._proving,), timeout=LAST_ACKS_S)
+            self._proving.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._proving
         self._forget_state()
         if self._timer is not None:
             self._timer.cancel()

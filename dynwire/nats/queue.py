@@ -54,6 +54,7 @@ DISABLED_AFTER_S = 2.0
 JS_NOT_ENABLED = (10039, 10076)  # for the account, on the server
 JS_TEMPORARY = (10008, 10009, 10025)  # unavailable, no leader, shutting down
 JS_NO_SPACE = (10023, 10028, 10047)  # insufficient resources, memory, storage
+JS_NO_MESSAGE = 10037
 JS_STREAM_IN_USE = 10058
 JS_OVERLAP = 10065
 JS_STORE_FAILED = 10077  # a limit with discard policy "new", or the disk
@@ -159,7 +160,7 @@ def refusal(names: QueueNames, error: _ApiError, config: NatsConfig, size: int) 
 class Delivery:
     """One request as JetStream gave it to this worker. ``ack`` is the subject on which the worker says how it went."""
 
-    __slots__ = ("ack", "attempt", "pending", "progress_at", "seq", "stored_at")
+    __slots__ = ("ack", "attempt", "final", "pending", "progress_at", "seq", "stored_at")
 
     def __init__(self, ack: bytes, seq: int, attempt: int, stored_at: float, pending: int) -> None:
         self.ack = ack
@@ -172,6 +173,8 @@ class Delivery:
         self.pending = pending
         """requests behind it in the queue"""
         self.progress_at = 0.0
+        self.final = 0
+        """for the plane: by what it knows the last message of the reply"""
 
     @classmethod
     def parse(cls, reply: bytes) -> Delivery:
@@ -194,9 +197,13 @@ class Delivery:
 # How a worker says how it went. The server reads the words and publishes nothing back (no reply subject is given).
 ACK = b"+ACK"  # done: it leaves the queue
 NAK = b"-NAK"  # another worker shall have it, at once
-NAK_LATER = b'-NAK {"delay": 100000000}'  # the same, in 100 ms
 PROGRESS = b"+WPI"  # still at it: the time until it is given to another starts anew
 TERM = b"+TERM"  # it leaves the queue, nobody shall have it
+
+
+def nak_later(attempt: int) -> bytes:
+    """Another worker shall have it, or the same one, in a quarter of a second; in twice as long each time, up to 4 s."""
+    return b'-NAK {"delay": %d}' % (250_000_000 << min(attempt - 1, 4))
 
 
 # Settings of the streams -----------------------------------------------------------------------------------------------------
@@ -507,6 +514,19 @@ class QueueAdmin:
         body = msgspec.json.encode({"seq": seq, "no_erase": True})
         answer = await self._client.request(f"$JS.API.STREAM.MSG.DELETE.{names.stream}", body, timeout=API_TIMEOUT_S)
         return bool(msgspec.json.decode(answer.data).get("success", False))
+
+    async def has(self, names: QueueNames, seq: int) -> bool:
+        """Is a request still in the queue, waiting or running?"""
+        body = msgspec.json.encode({"seq": seq})
+        answer = await self._client.request(f"$JS.API.STREAM.MSG.GET.{names.stream}", body, timeout=API_TIMEOUT_S)
+        error = msgspec.json.decode(answer.data, type=_Found).error
+        if error is not None and error.err_code != JS_NO_MESSAGE:
+            raise ConnectError(f"the queue of {names.endpoint} could not be asked: {error.description}")
+        return error is None
+
+
+class _Found(msgspec.Struct):
+    error: _ApiError | None = None
 
 
 class _Stamped(msgspec.Struct):

@@ -99,7 +99,7 @@ class Worker:
 
     async def __aexit__(self, *exc_info: object) -> None:
         await self.consumer.stop()
-        self.consumer.close()
+        await self.consumer.close()
 
 
 async def left_in_queue(client: NatsConnection) -> int:
@@ -399,7 +399,7 @@ async def test_what_is_given_back_goes_to_another_at_once(server: NatsServer) ->
         delivery, _ = await worker.next()
         await worker.consumer.stop()
         async with Worker(other, config) as heir:
-            worker.consumer.close()
+            await worker.consumer.close()
             second, _ = await heir.next()
             assert (second.seq, second.attempt) == (delivery.seq, 2)
 
@@ -420,7 +420,7 @@ async def test_nothing_is_held_by_a_worker_that_stopped(server: NatsServer) -> N
         for n in range(50, 100):
             await publish(other, f"r{n}")
         await stopping
-        worker.consumer.close()
+        await worker.consumer.close()
         seen: set[int] = set()
         async with Worker(other, config) as heir:
             late = 0

@@ -45,6 +45,25 @@ def is_queue(config: Config, instance: Instance) -> bool:
     return instance.id == QUEUE_ID and instance == queue_instance(config, instance.path)
 
 
+class _Requests:
+    """The link's requests to one queue, for its `CallerQueue`."""
+
+    def __init__(self, link: NatsClientLink) -> None:
+        self._link = link
+        self.target: QueueTarget | None = None
+
+    def found(self, anew: bool) -> None:
+        if self.target is not None:
+            self._link.queue_found(self.target, anew, time.monotonic())
+
+    def waiting(self) -> list[int]:
+        return [] if self.target is None else self._link.waiting_in(self.target)
+
+    def missing(self, numbers: set[int]) -> None:
+        if self.target is not None:
+            self._link.missing_in(self.target, numbers, time.monotonic())
+
+
 class ClientQueues:
     """The queues that one client has sent to."""
 
@@ -60,11 +79,8 @@ class ClientQueues:
             return target
         names = QueueNames.of(self._config.nats.prefix, EndpointId.parse(endpoint))
 
-        def on_found(anew: bool) -> None:
-            if endpoint in self._targets:
-                self._link.queue_found(self._targets[endpoint], anew, time.monotonic())
-
-        queue = CallerQueue(connection, names, self._config.nats, on_found)
+        requests = _Requests(self._link)
+        queue = CallerQueue(connection, names, self._config.nats, requests)
         try:
             found = await queue.open(OPEN_TIMEOUT_S if timeout is None else min(timeout, OPEN_TIMEOUT_S))
         except BaseException:
@@ -74,7 +90,8 @@ class ClientQueues:
         if other is not None:  # another channel was faster
             await queue.close()
             return other
-        target = self._targets[endpoint] = QueueTarget(queue, Unconfirmed(found.duplicate_window))
+        target = QueueTarget(queue, Unconfirmed(found.duplicate_window))
+        requests.target = self._targets[endpoint] = target
         self._link.add_queue(target)
         return target
 
@@ -100,6 +117,7 @@ class ServerQueues:
         sink = QueueSink(self._link, endpoint)
         consumer = QueueConsumer(self._connection, names, self._config.nats, sink, max_in_flight)
         sink.consumer = consumer
+        consumer.forget_final = self._link.forget_final
         self._consumers[endpoint] = consumer
         self._opening[endpoint] = asyncio.get_running_loop().create_task(
             consumer.start(OPEN_TIMEOUT_S), name=f"dynwire-queue-{endpoint}"
@@ -122,12 +140,12 @@ class ServerQueues:
             if name in self._consumers:
                 await self._consumers[name].stop()
 
-    def close(self, endpoint: str | None = None) -> None:
+    async def close(self, endpoint: str | None = None) -> None:
         """After `stop`, when no request runs any more: what still runs nevertheless is given back."""
         for name in (endpoint,) if endpoint is not None else tuple(self._consumers):
             consumer = self._consumers.pop(name, None)
             if consumer is not None:
-                consumer.close()
+                await consumer.close()
 
     def stats(self) -> dict[str, Any]:
         """Counters by endpoint."""

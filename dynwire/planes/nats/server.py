@@ -89,7 +89,7 @@ class AsyncNatsServer(EndpointServer):
             await self._durable.stop(endpoint)
         killed = await super().remove_endpoint(endpoint, grace)
         if self._durable is not None:
-            self._durable.close(endpoint)
+            await self._durable.close(endpoint)
         if self._connection is not None:
             self._link.endpoints_changed()
         return killed
@@ -154,7 +154,7 @@ class AsyncNatsServer(EndpointServer):
             await self._wait_idle(entries, KILLED_GRACE_S)
         self._subscription.unsubscribe()
         if self._durable is not None:
-            self._durable.close()
+            await self._durable.close()
         self._link.close(ManagerClosed("the server was closed"))
         await connection.release()
         self.entries.clear()
