@@ -17,6 +17,7 @@ COMMANDS = {
     "config": "Show the settings and where they come from.",
     "demo": "Two workers, two callers, one crash: see it all work in a few seconds.",
     "ls": "List the instances that discovery knows.",
+    "replay": "Send the durable requests of a time range once more.",
     "serve": "Serve handlers until SIGINT or SIGTERM.",
 }
 """Name -> help in one line. It stands here so that ``dynwire --help`` imports no command."""

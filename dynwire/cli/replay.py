@@ -25,13 +25,17 @@ if TYPE_CHECKING:
     from ..client import AsyncClient
     from ..nats.log import Copy
 
+    _ParamType = click.ParamType[datetime]
+else:
+    _ParamType = click.ParamType  # generic from click 8.2 on only
+
 # requests of a replay that are on their way at once: what a slow endpoint holds up stays on the server, not in this process
 AT_ONCE = 256
 
 _UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 
 
-class Moment(click.ParamType):
+class Moment(_ParamType):
     """A moment: ISO 8601 (local time where it names no zone), or how long ago, as in 90s, 10m, 2h or 3d."""
 
     name = "time"
@@ -112,9 +116,10 @@ async def _replay(
 
     connection = await NatsConnection.acquire(config.nats, timeout=None)
     results: Counter[str] = Counter()
+    sending: set[asyncio.Task[None]] = set()
     try:
         names = QueueNames.of(config.nats.prefix, endpoint)
-        async with AsyncNetworkManager(config) as manager, asyncio.TaskGroup() as group:
+        async with AsyncNetworkManager(config) as manager:
             clients = {codec: await manager.endpoint(endpoint).client(codec=codec) for codec in ("msgpack", "json")}
             places = asyncio.Semaphore(AT_ONCE)
             loop = asyncio.get_running_loop()
@@ -128,20 +133,27 @@ async def _replay(
                 results["answered" if outcome.error is None else outcome.error.code] += 1
                 _print(outcome, as_json)
 
-            async for copy in read_log(connection.client, names, since, until or datetime.now(UTC)):
-                if copy.replay_of:
-                    results["replays left out"] += 1
-                    continue
-                if dry_run:
-                    results["found"] += 1
-                    _print(Outcome(copy), as_json)
-                    continue
-                first = first or copy.stored_at
-                if speed:
-                    due = start + (copy.stored_at - first).total_seconds() / speed
-                    await asyncio.sleep(max(0.0, due - loop.time()))
-                await places.acquire()
-                group.create_task(send(copy))
+            try:
+                async for copy in read_log(connection.client, names, since, until or datetime.now(UTC)):
+                    if copy.replay_of:
+                        results["replays left out"] += 1
+                        continue
+                    if dry_run:
+                        results["found"] += 1
+                        _print(Outcome(copy), as_json)
+                        continue
+                    first = first or copy.stored_at
+                    if speed:
+                        due = start + (copy.stored_at - first).total_seconds() / speed
+                        await asyncio.sleep(max(0.0, due - loop.time()))
+                    await places.acquire()
+                    task = loop.create_task(send(copy))
+                    sending.add(task)
+                    task.add_done_callback(sending.discard)
+                await asyncio.gather(*sending)
+            finally:
+                for task in sending:
+                    task.cancel()
     finally:
         await connection.release()
     if not as_json:
