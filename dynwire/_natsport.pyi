@@ -5,14 +5,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 from urllib.parse import ParseResult
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, disjoint_base
 
 from ._natsproto import MessagePort, MessageSink, NatsParser
 
 DENIED: re.Pattern[str]
 
+@disjoint_base
 class PortParser(NatsParser): ...
 
+@disjoint_base
 class PortSocket:
     def __init__(self, port: FastPort) -> None: ...
     @property
@@ -32,6 +34,7 @@ class PortSocket:
     def resume_writing(self) -> None: ...
     def flush_soon(self) -> None: ...
 
+@disjoint_base
 class PortBase(MessagePort):
     def __init__(self, client: Any, loop: asyncio.AbstractEventLoop) -> None: ...
     on_denied: Callable[[str, str], object] | None
@@ -53,6 +56,7 @@ class PortBase(MessagePort):
     def send(self, subject: bytes, data: Buffer = b"", reply: bytes | None = None, headers: bytes | None = None) -> None: ...
     def flush_now(self) -> None: ...
 
+@disjoint_base
 class FastPort(PortBase):
     @property
     def socket(self) -> PortSocket | None: ...
@@ -81,6 +85,7 @@ class FastPort(PortBase):
     async def informed(self, text: bytes) -> None: ...
     async def server_error(self, text: bytes) -> None: ...
 
+@disjoint_base
 class PlainPort(PortBase):
     def up(self) -> bool: ...
     async def pump(self) -> None: ...

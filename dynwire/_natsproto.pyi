@@ -1,7 +1,7 @@
 from collections.abc import Callable
 from typing import Any, Self
 
-from typing_extensions import Buffer
+from typing_extensions import Buffer, disjoint_base
 
 DOWN: int
 UP: int
@@ -12,8 +12,10 @@ ERR: int
 PING: int
 PONG: int
 
+@disjoint_base
 class MessageSink: ...
 
+@disjoint_base
 class CallbackSink(MessageSink):
     def __init__(
         self,
@@ -23,6 +25,7 @@ class CallbackSink(MessageSink):
         on_writable: Callable[[], object] | None = None,
     ) -> None: ...
 
+@disjoint_base
 class MessagePort:
     @property
     def fast(self) -> bool: ...
@@ -33,6 +36,7 @@ class MessagePort:
     @property
     def max_payload(self) -> int: ...
 
+@disjoint_base
 class NatsParser:
     def __new__(cls, max_payload: int = 1048576, sinks: dict[int, MessageSink] | None = None) -> Self: ...
     @property
@@ -51,6 +55,7 @@ class NatsParser:
     def take_others(self) -> list[tuple[Any, ...]]: ...
     def feed(self, data: Buffer) -> None: ...
 
+@disjoint_base
 class NatsWriter:
     def __new__(cls) -> Self: ...
     @property

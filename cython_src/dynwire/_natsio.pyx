@@ -199,6 +199,25 @@ cdef class NatsClientLink(NatsLink):
     cdef int on_request_sent(self, StreamBase stream) except -1:
         return name_request(self, <Waiter>stream)
 
+    cdef int on_peer(self, NatsPeer peer, object error) except -1:
+        cdef list waiters
+        if peer.waiters:
+            waiters, peer.waiters = peer.waiters, []
+            for waiter in waiters:
+                if not waiter.done():
+                    waiter.set_result(error)
+        return 0
+
+    def ask_peer(self, NatsPeer peer not None):
+        """A future that gets None when the worker has answered, or a `ConnectError` when it is not there. Ask again after a while."""
+        future = self.loop.create_future()
+        peer.waiters = [waiter for waiter in peer.waiters if not waiter.done()]
+        peer.waiters.append(future)
+        if self.up():
+            self.ping(peer, dw_now())
+            self.port.flush()
+        return future
+
     cdef int denied(self, object error) except -1:
         """The NATS server does not let this user publish to an endpoint: its requests were not sent."""
         cdef StreamBase stream
@@ -225,25 +244,23 @@ cdef class NatsClientLink(NatsLink):
 
 
 cdef class NatsChannel(ChannelBase):
-    """Calls to one instance (see `dynwire.planes.base.AsyncChannel`). ``client`` has ``connect(timeout)``."""
+    """Calls to one instance (see `dynwire.planes.base.AsyncChannel`). ``client`` has ``connect(timeout, peer)``."""
 
     cdef NatsClientLink link
+    cdef NatsPeer peer_
     cdef NatsTarget target
-    cdef readonly bint queued            # requests go to the endpoint's queue …
-    cdef readonly QueueTarget queue      # … which this is, once it was found
     cdef readonly object client
     cdef RequestOptions options
     cdef str endpoint
     cdef object loop
 
-    def __init__(self, instance, client, NatsClientLink link not None, NatsPeer peer not None, RequestOptions options not None,
-                 bint queued=False):
-        self.queued = queued
+    def __init__(self, instance, client, NatsClientLink link not None, NatsPeer peer not None, RequestOptions options not None):
         self.instance = instance
         self.client = client
         self.link = link
         self.options = options
         self.endpoint = instance.path
+        self.peer_ = peer
         self.target = NatsTarget(peer, self.endpoint)
         self.loop = link.loop
         self.peer = instance.address
@@ -253,14 +270,17 @@ cdef class NatsChannel(ChannelBase):
         # Also while the connection is being restored: requests then wait, within their deadlines and the channel buffer.
         cdef NatsClientLink link = self.link
         return (
-            link.port is not None and not link.dead and link.port.state != PORT_CLOSED
-            and (not self.queued or self.queue is not None)
+            link.port is not None and not link.dead
+            and (link.port.state != PORT_CLOSED if link.port.state != PORT_UP else link.fresh(self.peer_, dw_now()))
         )  # fmt: skip
 
     async def connect(self, timeout=None):
-        await self.client.connect(timeout)
-        if self.queued and self.queue is None:
-            self.queue = await self.client.queue(self.endpoint, timeout)
+        await self.client.connect(timeout, self.peer_)
+
+    cdef int aim(self, Waiter call, object timeouts, double now) except -1:
+        """Say where the call goes."""
+        call.under = self.target
+        return 0
 
     cdef int start(self, Waiter call, object payload, object timeouts, object reply_type, Context context) except -1:
         cdef NatsClientLink link = self.link
@@ -272,15 +292,12 @@ cdef class NatsChannel(ChannelBase):
             raise ManagerClosed("the client is closed", peer=self.peer)
         if link.port is None:
             raise ConnectError(f"not connected to NATS, and so not to {self.peer}", peer=self.peer)
-        if self.queued and self.queue is None:
-            raise ConnectError(f"the queue of {self.endpoint} was not opened", peer=self.peer)
         call.loop = self.loop
         call.reply_type = reply_type
-        call.under = QueueRequest(self.queue, link.nobody) if self.queued else self.target
+        call.under = self.target
         data = encode_payload(payload, &kind, self.options.kind)
         set_limits(call, self.options, timeouts, context, now)
-        if self.queued:
-            limit_by_queue(call, self.queue, timeouts, now)
+        self.aim(call, timeouts, now)
         meta = request_lines(context, link.token)
         if context is not None:
             if context._flags & CTX_KILLED:
@@ -308,16 +325,35 @@ cdef class NatsChannel(ChannelBase):
         return make_item_stream(reader)
 
 
-cdef int limit_by_queue(Waiter call, QueueTarget target, object timeouts, double now) except -1:
-    """A request ends with what the queue keeps. It is accepted when that has confirmed it, which may take a restart of the server."""
-    cdef double age = target.queue.queue.max_age
-    if call.total_deadline > now + age:
-        call.total_deadline = now + age
-        call.total_timeout = age
-        call.total_setting = "DYNWIRE_NATS_QUEUE_MAX_AGE"
-    if call.phase == "accept" and not (isinstance(timeouts, Timeouts) and timeouts.accept is not None):
-        call.phase_deadline = INFINITY
-    return 0
+cdef class QueueChannel(NatsChannel):
+    """Calls by way of the queue of an endpoint, to whichever worker takes them. ``client`` has ``queue(endpoint, timeout)``."""
+
+    cdef QueueTarget queue               # None until it was found
+
+    @property
+    def ready(self):
+        # Also while the connection is being restored: requests then wait, within their deadlines and the channel buffer.
+        return self.queue is not None and not self.link.dead and self.link.port.state != PORT_CLOSED
+
+    async def connect(self, timeout=None):
+        await self.client.connect(timeout)
+        if self.queue is None:
+            self.queue = await self.client.queue(self.endpoint, timeout)
+
+    cdef int aim(self, Waiter call, object timeouts, double now) except -1:
+        """A request ends with what the queue keeps. The queue accepts it, which may take as long as a restart of the server."""
+        cdef double age
+        if self.queue is None:
+            raise ConnectError(f"the queue of {self.endpoint} was not opened", peer=self.peer)
+        call.under = QueueRequest(self.queue, self.link.unnamed)
+        age = self.queue.queue.queue.max_age
+        if call.total_deadline > now + age:
+            call.total_deadline = now + age
+            call.total_timeout = age
+            call.total_setting = "DYNWIRE_NATS_QUEUE_MAX_AGE"
+        if call.phase == "accept" and not (isinstance(timeouts, Timeouts) and timeouts.accept is not None):
+            call.phase_deadline = INFINITY
+        return 0
 
 
 cdef bytes request_lines(Context context, bytes token):
@@ -395,8 +431,11 @@ cdef class NatsServerLink(NatsLink):
         self.forget_targets()
 
     def go_away(self):
-        """Refuse further requests; those in flight go on."""
+        """Refuse further requests, and tell the callers; requests in flight go on."""
         self.draining = True
+        self.put_goodbye()
+        if self.up():
+            self.port.flush()
 
     def tasks(self, entry=None):
         """Handlers that run, of one endpoint or all."""

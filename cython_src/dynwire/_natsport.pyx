@@ -753,7 +753,7 @@ cdef class PlainPort(PortBase):
         self.error = None
         self.state = PORT_UP
         if self.pump_task is None:
-            self.pump_task = self.loop.create_task(self.pump())
+            self.pump_task = self.loop.create_task(self.pump(), name="dynwire-nats-port")
             self.watch()
         self.loop.call_soon(self.tell, PORT_UP, None)
         return True

@@ -37,8 +37,7 @@ cdef class QueueRun:
 cdef class QueueWire(NatsWire):
     # (client)
     cdef readonly list targets_          # QueueTarget
-    cdef dict workers                    # control subject -> NatsPeer
-    cdef NatsPeer nobody                 # whom requests have as long as no worker has named itself
+    cdef NatsPeer unnamed                # whom requests have as long as no worker has named itself
     cdef dict given_up                   # sequence number of a request that was given up unconfirmed -> QueueTarget
     cdef double queue_at                 # when requests have to be published again
     cdef readonly uint64_t requeued      # requests that were queued anew, because the reply or the queue was lost

@@ -54,10 +54,10 @@ cdef class QueueTarget(NatsTarget):
 
 
 cdef class QueueRequest(NatsTarget):
-    def __init__(self, QueueTarget target not None, NatsPeer nobody):
+    def __init__(self, QueueTarget target not None, NatsPeer unnamed):
         self.target = target
         self.subject = target.subject
-        self.peer = nobody
+        self.peer = unnamed
 
 
 cdef class QueueRun:
@@ -72,14 +72,13 @@ cdef class QueueWire(NatsWire):
 
     def __cinit__(self):
         self.targets_ = []
-        self.workers = {}
         self.given_up = {}
         self.queue_at = INFINITY
         self.runs = {}
         self.lost_callers = {}
         self.finals = {}
-        self.nobody = NatsPeer("nats:a.queue")
-        self.nobody.control = None
+        self.unnamed = NatsPeer("nats:a.queue")
+        self.unnamed.control = None
 
     # ---- (client) sending ------------------------------------------------------------------------------------------------
 
@@ -183,7 +182,7 @@ cdef class QueueWire(NatsWire):
         for stream in self.slots:
             if stream is not None and type(stream.under) is QueueRequest:
                 request = <QueueRequest>stream.under
-                if request.target is target and request.number and request.peer is self.nobody:
+                if request.target is target and request.number and request.peer is self.unnamed:
                     out.append(request.number)
         return out
 
@@ -195,7 +194,7 @@ cdef class QueueWire(NatsWire):
         for stream in list(self.slots):
             if stream is not None and type(stream.under) is QueueRequest:
                 request = <QueueRequest>stream.under
-                if request.target is target and request.number in numbers and request.peer is self.nobody:
+                if request.target is target and request.number in numbers and request.peer is self.unnamed:
                     self.gaps += 1
                     self.lose(stream, PeerLost(
                         f"the reply of a worker of {target.queue.names.endpoint} was lost while there was no connection to NATS",
@@ -216,7 +215,7 @@ cdef class QueueWire(NatsWire):
                 if request.target is not target or not request.number:
                     continue
                 request.number = 0
-                if request.peer is self.nobody and not self.run_again(stream, request):
+                if request.peer is self.unnamed and not self.run_again(stream, request):
                     self.lose(stream, PeerLost(
                         f"the queue of {target.queue.names.endpoint} was lost with the request in it", sent="yes"
                     ))  # fmt: skip
@@ -278,7 +277,7 @@ cdef class QueueWire(NatsWire):
             # Its worker shuts down and has given it back: the next one has a higher number.
             self.restart(stream, request, attempt + 1)
             return 0
-        if reply_n and request.peer is self.nobody:
+        if reply_n and request.peer is self.unnamed:
             request.peer = self.worker_at(reply, reply_n)
             if request.stop:
                 self.put_cancel(stream, 1)
@@ -327,17 +326,18 @@ cdef class QueueWire(NatsWire):
     cdef NatsPeer worker_at(self, const unsigned char *reply, size_t reply_n):
         """The worker that names itself with this reply subject (``subject._.token``)."""
         cdef bytes name = PyBytes_FromStringAndSize(<const char *>reply, reply_n)
+        cdef str address
         at = name.rfind(b"._")
-        found = self.workers.get(name[:at]) if at > 0 else self.nobody
+        if at < 0:
+            return self.unnamed
+        address = "nats:" + name[:at].decode("utf-8", "replace")
+        found = self.peers.get(address)
         if found is None:
             try:
-                found = NatsPeer(f"nats:{name[:at].decode('utf-8', 'replace')}")
+                found = self.peers[address] = NatsPeer(address)
             except DynwireError:
                 self.malformed += 1
-                return self.nobody
-            if len(self.workers) >= 4096:
-                self.workers.clear()  # streams keep theirs
-            self.workers[name[:at]] = found
+                return self.unnamed
         return found
 
     cdef bint restart(self, StreamBase stream, QueueRequest request, uint32_t attempt) except -1:
@@ -348,14 +348,14 @@ cdef class QueueWire(NatsWire):
                 peer=request.peer.address, sent="yes",
             ))  # fmt: skip
             return False
-        if stream.mark or request.peer is not self.nobody:
+        if stream.mark or request.peer is not self.unnamed:
             self.restarted += 1
         stream.mark = 0
         stream.in_arg = attempt
         self.granted += <int64_t>request.credit - stream.send_credit
         stream.send_credit = stream.cost = <int64_t>request.credit
         stream.refund = 0
-        request.peer = self.nobody
+        request.peer = self.unnamed
         request.ack = None
         return True
 

@@ -25,8 +25,16 @@ ctypedef struct fields:
     int count
     uint64_t v[FIELDS]
 
+cdef enum:
+    P_UNKNOWN = 0                # nothing was heard yet
+    P_ALIVE = 1
+    P_GONE = 2                   # nobody listened there; may be back after a while, with its connection
+    P_LEAVING = 3                # has said that it takes no more requests
+
 cdef class NatsPeer:
     """A worker as a client sees it."""
+    cdef readonly int state              # P_*
+    cdef public list waiters             # (drivers) who waits to know whether it is there: futures
     cdef readonly str address
     cdef readonly bytes control          # where messages about streams go; None: not known (yet)
     cdef readonly bytes subject          # what the subjects of its endpoints begin with
@@ -59,6 +67,7 @@ cdef class NatsWire(Link):
     cdef bint ask_all                    # (client) at the next tick: the connection was lost
     cdef double up_at                    # when the connection came back
     cdef uint32_t probe_no
+    cdef public object peers             # (client) address -> NatsPeer
     cdef dict probes                     # number of a probe that is not answered -> NatsPeer (client), inbox prefix (server)
     cdef list outbox                     # messages that wait for the connection: (subject, reply, headers, body)
     cdef bytes accept_field              # (client) last field of its requests
@@ -83,6 +92,11 @@ cdef class NatsWire(Link):
                      object owner) except -1
     cdef int port_changed(self, double now) except -1
     cdef int forget_targets(self) except -1
+    cdef bint fresh(self, NatsPeer peer, double now)
+    cdef int ping(self, NatsPeer peer, double now) except -1
+    cdef int put_goodbye(self) except -1
+    # what drivers override
+    cdef int on_peer(self, NatsPeer peer, object error) except -1
     # what durable mode overrides
     cdef int publish_request(self, StreamBase stream, NatsTarget target, bytes inbox, const unsigned char *headers,
                              size_t headers_n, const unsigned char *payload, size_t n, object owner) except -1

@@ -50,7 +50,7 @@ cdef extern from *:
 
     typedef struct { int kind; int count; uint64_t v[6]; } dw_nats_fields;
 
-    /* One D: line, from behind the colon. Letter, then decimal numbers of at most 15 digits; what is no number makes it a bad line,
+    /* One D: line, from behind the colon. Letter, then decimal numbers of at most 15 digits; what is none makes it a bad line,
        numbers beyond the sixth are for later versions. */
     static int dw_nats_line(const unsigned char *p, const unsigned char *end, dw_nats_fields *f) {
         f->count = 0;
@@ -250,17 +250,24 @@ cdef class NatsPeer:
         subject = address.removeprefix("nats:")
         if subject == address or not re.fullmatch(r"[A-Za-z0-9_.-]{1,900}", subject):
             raise PlaneMismatch(
-                f"{address!r} is not an address of the nats plane (nats:subject); set DYN_REQUEST_PLANE to the same plane on both "
-                "sides",
+                f"{address!r} is not an address of the nats plane (nats:subject); set DYN_REQUEST_PLANE to the same plane on "
+                "both sides",
                 ours="nats", theirs=address, peer=address,
             )  # fmt: skip
         self.address = address
         self.subject = subject.encode()
         self.control = self.subject + b"._"
         self.heard = -INFINITY
+        self.waiters = []
         self.probed = -INFINITY
         self.asked = INFINITY
         self.lines = []
+
+
+    @property
+    def leaving(self):
+        """True when it has said that it takes no more requests."""
+        return self.state == P_LEAVING
 
 
 cdef class NatsTarget:
@@ -283,6 +290,7 @@ cdef class NatsWire(Link):
         self.up_at = -INFINITY
         self.probes = {}
         self.outbox = []
+        self.peers = {}
         self.by_reply = {}
         self.targets = {}
         self.callers = {}
@@ -305,6 +313,10 @@ cdef class NatsWire(Link):
         self.accept_field = b" %d\r\n" % accept_ms
         self.token = None if token is None else token.encode()
         self.connection_id = connection_id
+
+    cdef int on_peer(self, NatsPeer peer, object error) except -1:
+        """(client) The worker answered, or (``error``) is not there."""
+        return 0
 
     # ---- life of the connection ------------------------------------------------------------------------------------------
 
@@ -395,6 +407,8 @@ cdef class NatsWire(Link):
             ))  # fmt: skip
         peer.heard = self.now
         peer.patience = self.probe_interval
+        if peer.state != P_ALIVE and peer.state != P_LEAVING:
+            peer.state = P_ALIVE
         if reply_n and peer.control is None:
             peer.control = PyBytes_FromStringAndSize(<const char *>reply, reply_n)
         if f.kind == c"i":
@@ -494,10 +508,8 @@ cdef class NatsWire(Link):
             return 0
         stream.state = (stream.state & ~S_WRITTEN) | S_ENDED
         self.free_slot(stream)
-        return stream.on_lost(ConnectError(
-            f"nobody listens at {peer.address}: the worker is gone, or uses another NATS server (NATS_SERVER) or account",
-            peer=peer.address,
-        ))  # fmt: skip
+        self.gone(peer)
+        return stream.on_lost(self.nobody(peer))
 
     cdef int lose(self, StreamBase stream, object error) except -1:
         """(client) The stream cannot go on; its handler may still be at it."""
@@ -521,11 +533,17 @@ cdef class NatsWire(Link):
             if body:
                 self.put_bytes(PyBytes_FromStringAndSize(<const char *>reply, reply_n), None, _HEAD_O, body)
             return 0
+        if found == DW_NATS_FOUND and f.kind == c"g":
+            peer = self.peers.get("nats:" + PyBytes_FromStringAndSize(<const char *>payload, n).decode("latin-1"))
+            if peer is not None:
+                peer.state = P_LEAVING
+            return 0
         peer = self.probes.pop(number, None)
         if peer is None:
             self.stale += 1
             return 0
         if found == DW_NATS_STATUS and f.kind == NO_RESPONDERS:
+            self.gone(peer)
             if self.now < self.up_at + GRACE_S:
                 peer.probed = self.now - 8 * self.probe_interval + RETRY_S  # it may be reconnecting as we did: again soon
                 self.tick_at = min(self.tick_at, self.now + RETRY_S)
@@ -539,7 +557,23 @@ cdef class NatsWire(Link):
             return 0
         peer.heard = self.now
         peer.asked = INFINITY
+        if peer.state != P_LEAVING:
+            peer.state = P_ALIVE
+        self.on_peer(peer, None)
         return self.probe_answered(peer, payload, n)
+
+    def nobody(self, NatsPeer peer):
+        """The error for a request that nobody took."""
+        return ConnectError(
+            f"nobody listens at {peer.address}: the worker is gone, or uses another NATS server (NATS_SERVER) or account",
+            peer=peer.address,
+        )  # fmt: skip
+
+    def gone(self, NatsPeer peer):
+        """The NATS server has nobody to give messages for the worker to."""
+        if peer.state != P_LEAVING:
+            peer.state = P_GONE
+        self.on_peer(peer, self.nobody(peer))
 
     cdef int probe_answered(self, NatsPeer peer, const unsigned char *payload, size_t n) except -1:
         """Lines ``token items``: what the worker has sent of each stream up to this message, or ``-`` if it does not know it."""
@@ -782,6 +816,7 @@ cdef class NatsWire(Link):
             if reply_n <= TOKEN_BYTES or reply_n > INBOX_LIMIT or not printable(reply, reply_n):
                 self.malformed += 1
                 return 0
+            self.caller_of(reply, reply_n - TOKEN_BYTES)
             body = self.answer_probe(reply, reply_n - TOKEN_BYTES, payload, n)
             if body is not None:
                 self.put_bytes(PyBytes_FromStringAndSize(<const char *>reply, reply_n), None, _HEAD_O, body)
@@ -970,8 +1005,8 @@ cdef class NatsWire(Link):
             return Link.item_too_large(self, size, limit, endpoint)
         setting = "nats plane limit" if self.max_payload <= self.port.max_payload else "max_payload of the NATS server"
         return MessageTooLarge(
-            f"a reply item of {size} bytes from {endpoint} exceeds the {limit} bytes that one message may have ({setting}); the tcp "
-            "plane (DYN_REQUEST_PLANE=tcp) carries larger ones",
+            f"a reply item of {size} bytes from {endpoint} exceeds the {limit} bytes that one message may have ({setting}); the "
+            "tcp plane (DYN_REQUEST_PLANE=tcp) carries larger ones",
             size=size, limit=limit, setting=setting, phase="reply", sent="yes",
         )  # fmt: skip
 
@@ -1220,6 +1255,22 @@ cdef class NatsWire(Link):
                            b"".join(lines[at : at + PROBE_TOKENS]))
         return self.wrote()
 
+    cdef bint fresh(self, NatsPeer peer, double now):
+        """Was the worker there a moment ago? If not, asking costs less than a stream that fails."""
+        return peer.state == P_ALIVE and now - peer.heard < 4 * self.probe_interval
+
+    cdef int ping(self, NatsPeer peer, double now) except -1:
+        """Ask whether the worker is there; `on_peer` tells."""
+        return self.ask(peer, [b""], now)
+
+    cdef int put_goodbye(self) except -1:
+        """(server) Tell the callers that no request is taken any more. Who was forgotten here learns it from the NATS server."""
+        cdef bytes head = _HEAD_G
+        for prefix in self.callers:
+            if prefix:
+                self.put_bytes(<bytes>prefix + b"ffffff00000000", None, head, self.subject)
+        return self.wrote()
+
     cdef int tick_server(self, double now) except -1:
         """Callers whose streams were there at the last tick: are they, and do they still wait?"""
         cdef StreamBase stream
@@ -1258,6 +1309,7 @@ cdef bytes _head(str kind, tuple numbers=()):
 cdef bytes _HEAD_A = _head("a")
 cdef bytes _HEAD_C1 = _head("c", (1,))
 cdef bytes _HEAD_C2 = _head("c", (2,))
+cdef bytes _HEAD_G = _head("g")
 cdef bytes _HEAD_O = _head("o")
 cdef bytes _HEAD_P = _head("p")
 cdef bytes _HEAD_X = _head("x")
@@ -1398,19 +1450,22 @@ cdef class EventStream(StreamBase):
 cdef class EventWire(NatsWire):
     """The state machine with a Python face, for tests and tools.
 
-    ``deliver`` takes a message and returns events, ``output`` what was published. Events: ``("request", number, endpoint, payload,
-    kind, headers, request_id, timeout_ms)``, ``("item", number, bytes, kind, last)``, ``("end", number)``, ``("error", number, body)``,
-    ``("accept", number)``, ``("cancel", number, kind)``, ``("credit", number)``, ``("lost", number, class, written, text)``,
-    ``("timer", number, now)``.
+    ``deliver`` takes a message and returns events, ``output`` what was published. Events: ``("request", number, endpoint,
+    payload, kind, headers, request_id, timeout_ms)``, ``("item", number, bytes, kind, last)``, ``("end", number)``,
+    ``("error", number, body)``, ``("accept", number)``, ``("cancel", number, kind)``, ``("credit", number)``,
+    ``("lost", number, class, written, text)``, ``("timer", number, now)``. In ``heard_of`` stands which workers have answered a
+    probe or ping, and which are gone: ``(address, class of the error or None)``.
     """
 
     cdef readonly list events
+    cdef readonly list heard_of
     cdef readonly set served
 
     def __init__(self, bint is_client, bytes subject not None, *, keepalive=10.0, buffer=100, served=(), **limits):
         super().__init__(is_client, subject, **limits)
         self.port = EventPort()
         self.events = []
+        self.heard_of = []
         self.served = set(served)
         self.keepalive_timeout = keepalive
         self.keepalive_setting = "DYNWIRE_NATS_KEEPALIVE_TIMEOUT"
@@ -1487,6 +1542,22 @@ cdef class EventWire(NatsWire):
         stream.under = target
         self.submit(stream, "the endpoint", payload, kind, meta, now + timeout, now + timeout, now)
         return stream
+
+    def ping_peer(self, NatsPeer peer, double now=0.0):
+        """(client) Ask whether it is there."""
+        self.ping(peer, now)
+
+    def is_fresh(self, NatsPeer peer, double now=0.0):
+        """(client) Was it there a moment ago?"""
+        return self.fresh(peer, now)
+
+    def say_goodbye(self):
+        """(server) Tell the callers."""
+        self.put_goodbye()
+
+    cdef int on_peer(self, NatsPeer peer, object error) except -1:
+        self.heard_of.append((peer.address, None if error is None else type(error).__name__))
+        return 0
 
     def stream(self, uint32_t number):
         """The open stream with that number, or None."""

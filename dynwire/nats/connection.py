@@ -14,7 +14,7 @@ import random
 import re
 import socket
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -112,7 +112,7 @@ def _credentials(config: NatsConfig) -> _Credentials:
     if auth.kind == "token":
         return _Credentials(auth.kind, {"token": auth.value})
     try:
-        import nkeys
+        import nkeys  # type: ignore[import-untyped]
     except ImportError as error:
         raise ConfigError(INSTALL, name="nats", allowed="pip install 'dynwire[nats]'") from error
     if auth.kind == "nkey":
@@ -200,6 +200,7 @@ class NatsConnection:
         self._references = 0
         self._connecting: asyncio.Task[None] | None = None
         self._closing = False
+        self._keeper: AsyncGenerator[None, None] | None = None
         self._callbacks: list[StateCallback] = []
         self._waiters: list[asyncio.Future[None]] = []
         self._last_error: BaseException | None = None
@@ -207,6 +208,7 @@ class NatsConnection:
         self._tries: dict[str, int] = {}
         self._lost_server = ""
         self._up_since: float | None = None
+        self._reconnecting: set[asyncio.Task[Any]] = set()
         self._place = self._url = ""
         self._denied: set[str] = set()
         self._credentials = _credentials(config)
@@ -214,8 +216,9 @@ class NatsConnection:
         fast = _use_fast_port(config)
         self.port: FastPort | PlainPort = (FastPort if fast else PlainPort)(self.client, self._loop)
         if fast:
-            self.client._transport = self.port
-            self.client._ps = self.port
+            # a duck: nats-py asks neither for the class
+            self.client._transport = self.port  # type: ignore[assignment]
+            self.client._ps = self.port  # type: ignore[assignment]
         self.port.on_denied = self._on_denied
 
     def __repr__(self) -> str:
@@ -288,11 +291,19 @@ class NatsConnection:
         try:
             async with asyncio.timeout(CLOSE_S):
                 await self.client.close()
-        except (TimeoutError, *_nats_errors()) as error:
+        except _nats_errors() as error:
             logger.debug("closing the connection to NATS: %r", error)
+        for _ in range(10):
+            if not self._reconnecting:
+                break
+            for task in self._reconnecting:
+                task.cancel()
+            await asyncio.wait(self._reconnecting, timeout=FIRST_RETRY_S)
         self.port.abort()
         await self.port.finished()
         self._wake()
+        if self._keeper is not None:
+            await self._keeper.aclose()
 
     # --- connecting
 
@@ -348,8 +359,20 @@ class NatsConnection:
                 raise error
             self._last_error = error
             raise self._translated() from error
+        self._keeper = self._until_the_loop_ends()
+        await anext(self._keeper)
         if self.port.up():
             self._now_up()
+
+    async def _until_the_loop_ends(self) -> AsyncGenerator[None, None]:
+        """Close it if nobody has released it when the loop ends its generators: `asyncio.run` then still has a loop for it."""
+        try:
+            yield
+        finally:
+            self._keeper = None
+            if not self._closing:
+                self._forget()
+                await self._close()
 
     def _now_up(self) -> None:
         self._last_error = None
@@ -399,6 +422,8 @@ class NatsConnection:
 
     def _next_server(self, pool: list[Server], info: Mapping[str, Any]) -> tuple[Server | None, float]:
         """Which server to try next, and after how long. nats-py asks before every attempt to reconnect."""
+        if self._closing:
+            raise asyncio.CancelledError  # nats-py's task ends with it
         places = [server.uri.netloc for server in pool]
         tries = [self._tries.get(place, 0) for place in places]
         fewest = min(tries)
@@ -435,6 +460,9 @@ class NatsConnection:
             return
         task = asyncio.current_task()
         assert task is not None
+        for older in self._reconnecting:
+            older.cancel()  # again: nats-py did it, and swallows that in places
+        self._reconnecting.add(task)
         task.add_done_callback(self._reconnecting_ended)
         lost_error = self.port.error
         self.port.go_away()
@@ -451,6 +479,7 @@ class NatsConnection:
 
     def _reconnecting_ended(self, task: asyncio.Task[Any]) -> None:
         """nats-py 2.16 does not look at how its task ends; with an exception nobody would try any more."""
+        self._reconnecting.discard(task)
         if task.cancelled() or task.exception() is None:
             return
         logger.debug("nats-py's task that reconnects has failed", exc_info=task.exception())

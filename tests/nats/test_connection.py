@@ -194,6 +194,7 @@ async def test_other_versions_of_nats_py(
     assert all(version in text and "slower" in text for text in warned)
 
 
+@pytest.mark.filterwarnings("ignore:parameter 'timeout' of type:DeprecationWarning")  # how nats-py calls aiohttp
 async def test_web_sockets_take_the_plain_port(caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("aiohttp")
     place = free_port()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 import dynwire
+
+from dynwire.nats.server import NatsServer, find_binary
 
 from .faces import Manager
 
@@ -26,7 +28,25 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def available_planes() -> list[str]:
-    return ["memory", "tcp", "http"]
+    try:
+        find_binary()
+    except dynwire.ConfigError:
+        return ["memory", "tcp", "http"]
+    return ["memory", "tcp", "http", "nats"]
+
+
+ENGINES = {"http": ("native", "h2"), "nats": ("native", "plain")}
+"""Of planes with two implementations of something: the usual one, and the other one"""
+
+
+@pytest.fixture(scope="session")
+def nats_url() -> Iterator[str]:
+    """A NATS server that takes messages as large as the plane does."""
+    if "nats" not in available_planes():
+        yield "nats://there.is.none:4222"
+        return
+    with NatsServer(max_payload=17 << 20) as server:
+        yield server.url
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -39,10 +59,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     combinations = [
         pytest.param(plane, face, loop, engine, id=f"{plane}{'' if engine == 'native' else '-' + engine}-{face}-{loop}")
         for plane in planes
-        for engine in (("native", "h2") if plane == "http" else ("native",))
+        for engine in ENGINES.get(plane, ("native",))
         for face in faces
         # a blocking caller does not see which loop the test body runs on; the portal has its own
         for loop in (["asyncio", "uvloop"] if face == "async" else ["asyncio"])
+        # the slow way through nats-py is a way out, and has tests of its own
+        if engine != "plain" or (face == "async" and loop == "asyncio")
     ]
     metafunc.parametrize(("plane", "face", "loop_kind", "engine"), combinations)
 
@@ -58,7 +80,7 @@ def loop_factory(loop_kind: str, leak_guard: None) -> Callable[[], asyncio.Abstr
 
 
 @pytest.fixture
-def managers(plane: str, face: str, engine: str, discovery_dir: Path) -> Managers:
+def managers(plane: str, face: str, engine: str, discovery_dir: Path, nats_url: str) -> Managers:
     """``async with managers(setting=…) as manager``: a manager of the API under test, closed at the end."""
     threads = ThreadPoolExecutor(64, thread_name_prefix="test-body")
 
@@ -68,7 +90,11 @@ def managers(plane: str, face: str, engine: str, discovery_dir: Path) -> Manager
         # An executor starts its threads when they are needed; the loop's end joins them.
         asyncio.get_running_loop().set_default_executor(threads)
         cls = dynwire.AsyncNetworkManager if face == "async" else dynwire.NetworkManager
-        manager = Manager(cls(**{"request_plane": plane, "http_engine": engine, **ANY_PORT, **settings}))
+        if plane == "nats":
+            settings = {"nats_servers": nats_url, "nats_port": "fast" if engine == "native" else engine, **settings}
+        elif plane == "http":
+            settings = {"http_engine": engine, **settings}
+        manager = Manager(cls(**{"request_plane": plane, **ANY_PORT, **settings}))
         try:
             yield manager
         finally:

@@ -252,7 +252,8 @@ async def test_migration_with_a_rule_of_ones_own(managers: Managers) -> None:
 
 
 async def test_the_plane_is_named_when_it_is_another_one(managers: Managers, plane: str, discovery_dir: Path) -> None:
-    other = Instance(7, "test", "worker", "elsewhere", "nats", "nats://nowhere")
+    theirs = "http" if plane == "nats" else "nats"
+    other = Instance(7, "test", "worker", "elsewhere", theirs, "nowhere:1")
     discovery = open_discovery("file", file_dir=str(discovery_dir), ttl=10.0)
     await discovery.register(other)
     async with managers() as manager:
@@ -260,7 +261,7 @@ async def test_the_plane_is_named_when_it_is_another_one(managers: Managers, pla
         for attempt in (client.call(1), client.items(1), client.wait_for_instances(1, timeout=0.0)):
             with pytest.raises(dynwire.PlaneMismatch, match="DYN_REQUEST_PLANE") as caught:
                 await attempt
-            assert (caught.value.ours, caught.value.theirs) == (plane, "nats")
+            assert (caught.value.ours, caught.value.theirs) == (plane, theirs)
     await discovery.close()
 
 
@@ -435,8 +436,9 @@ async def test_the_planes_own_server_and_client(managers: Managers) -> None:
             assert await asyncio.to_thread(channel.call, {"a": 1}, 5.0) == {"a": 1}
             assert channel.in_flight == 0
         assert server.in_flight() == 0
+        other = Instance(1, "a", "b", "c", "http" if server.plane == "nats" else "nats", "x")
         with pytest.raises(dynwire.PlaneMismatch):
             if isinstance(real, dynwire.AsyncNetworkManager):
-                client.channel(Instance(1, "a", "b", "c", "nats", "x"))
+                client.channel(other)
             else:
-                await asyncio.to_thread(client.channel, Instance(1, "a", "b", "c", "nats", "x"))
+                await asyncio.to_thread(client.channel, other)

@@ -19,10 +19,14 @@ async def echo(request: Any) -> Any:
 
 
 @pytest.mark.parametrize("size", [1 << 20, (16 << 20) + 1])
-async def test_large_payloads(managers: Managers, size: int) -> None:
+async def test_large_payloads(managers: Managers, plane: str, size: int) -> None:
     async with managers() as manager:
         await manager.serve(PATH, echo)
         client = await manager.client(PATH)
+        if plane == "nats" and size > 16 << 20:
+            with pytest.raises(dynwire.MessageTooLarge, match="tcp plane"):
+                await client.call(bytes(size))
+            return
         data = b"0123456789abcdef" * (size // 16) + b"!" * (size % 16)
         reply = await client.call(data)
         assert reply == data

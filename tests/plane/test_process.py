@@ -38,8 +38,11 @@ def plane(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def program(plane: str, discovery_dir: Path, tmp_path: Path) -> list[str]:
+def program(
+    plane: str, discovery_dir: Path, tmp_path: Path, nats_url: str, monkeypatch: pytest.MonkeyPatch
+) -> list[str]:
     """A command line; the test writes the program itself with `write`."""
+    monkeypatch.setenv("NATS_SERVER", nats_url)
     # Python 3.12 warns of fork() in a process with threads, which is what some of these programs are about.
     warnings = ["-W", "ignore::DeprecationWarning"]
     return [sys.executable, "-X", "faulthandler", *warnings, str(tmp_path / "program.py"), plane, str(discovery_dir)]

@@ -256,6 +256,65 @@ def test_an_answer_in_time_is_a_sign_of_life() -> None:
     assert probes(pair, 30.0) and pair.client.live == 1
 
 
+# Is it there? -----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_worker_is_asked_before_its_first_request() -> None:
+    pair = Pair()
+    assert not pair.client.is_fresh(pair.peer)
+    pair.client.ping_peer(pair.peer)
+    assert pair.pass_on() == []
+    assert pair.client.heard_of == [(pair.peer.address, None)]
+    assert pair.client.is_fresh(pair.peer, 1.9) and not pair.client.is_fresh(pair.peer, 2.1)
+    assert pair.client.next_timer == math.inf, "nothing is in flight"
+
+
+def test_anything_heard_is_a_sign_of_life() -> None:
+    pair = Pair()
+    number = pair.ask()
+    pair.worker.send_item(number, b"x")
+    pair.pass_on(5.0)
+    assert pair.client.is_fresh(pair.peer, 6.0)
+
+
+@pytest.mark.parametrize("by", ["ping", "request"])
+def test_a_worker_that_is_gone_may_come_back(by: str) -> None:
+    pair = Pair()
+    pair.worker_there = False
+    if by == "ping":
+        pair.client.ping_peer(pair.peer)
+    else:
+        pair.client.request(pair.target)
+    pair.pass_on()
+    assert pair.client.heard_of == [(pair.peer.address, "ConnectError")]
+    assert not pair.client.is_fresh(pair.peer)
+    pair.worker_there = True
+    pair.client.ping_peer(pair.peer)
+    pair.pass_on()
+    assert pair.client.is_fresh(pair.peer)
+
+
+def test_a_worker_that_leaves_says_so() -> None:
+    pair = Pair()
+    pair.client.peers = {pair.peer.address: pair.peer}
+    number = pair.ask()
+    pair.worker.say_goodbye()
+    ((subject, reply, headers, payload),) = pair.worker.output()
+    assert (subject, reply, headers, payload) == (CLIENT + b"ffffff00000000", None, block("D: g"), WORKER)
+    pair.client.deliver(subject, reply, headers, payload)
+    assert pair.peer.leaving and not pair.client.is_fresh(pair.peer)
+    pair.worker.send_item(number, b"still", last=True)
+    assert [event[1] for event in pair.pass_on()] == ["item"]
+    assert pair.peer.leaving
+
+
+def test_a_goodbye_of_somebody_unknown() -> None:
+    pair = Pair()
+    for payload in (b"", b"\xff", WORKER):
+        assert pair.client.deliver(CLIENT + b"ffffff00000000", None, block("D: g"), payload) == []
+    assert not pair.peer.leaving
+
+
 # What gets lost ---------------------------------------------------------------------------------------------------------------
 
 

@@ -7,10 +7,10 @@ import os
 import weakref
 from typing import Any
 
-from ..._natsio import NatsChannel, NatsClientLink
+from ..._natsio import NatsChannel, NatsClientLink, QueueChannel
 from ..._natsqueue import QueueTarget
 from ..._natswire import NatsPeer
-from ...config import Config
+from ...config import Config, mask_url
 from ...errors import ConnectError, ManagerClosed
 from ...nats.connection import NatsConnection
 from ...types import Instance
@@ -18,6 +18,8 @@ from ..base import AsyncChannel, AsyncRequestPlaneClient
 from ..sockets.pool import check_plane
 from .options import request_options, wire_limits
 from .queues import ClientQueues, is_queue
+
+ASK_AGAIN_S = 1.0
 
 AsyncChannel.register(NatsChannel)
 
@@ -35,6 +37,7 @@ class AsyncNatsClient(AsyncRequestPlaneClient):
         inbox = f"{config.nats.inbox_prefix}.{connection_id.hex()}."
         self.link = NatsClientLink(inbox.encode(), self._loop, self._options, connection_id=connection_id, **wire_limits(config))
         self._peers: weakref.WeakValueDictionary[str, NatsPeer] = weakref.WeakValueDictionary()
+        self.link.peers = self._peers
         self._connection: NatsConnection | None = None
         self._subscription: Any = None
         self._connecting: asyncio.Task[None] | None = None
@@ -45,33 +48,60 @@ class AsyncNatsClient(AsyncRequestPlaneClient):
         if self._closed:
             raise ManagerClosed("the client is closed")
         check_plane(instance, self.plane)
+        if is_queue(self._config, instance):
+            queue: AsyncChannel = QueueChannel(instance, self, self.link, NatsPeer(instance.address), self._options)
+            return queue
         peer = self._peers.get(instance.address)
         if peer is None:
             peer = self._peers[instance.address] = NatsPeer(instance.address)
-        queued = is_queue(self._config, instance)
-        channel: AsyncChannel = NatsChannel(instance, self, self.link, peer, self._options, queued)  # type: ignore[assignment]
+        channel: AsyncChannel = NatsChannel(instance, self, self.link, peer, self._options)  # type: ignore[assignment]
         return channel
 
-    async def connect(self, timeout: float | None = None) -> None:
-        """Connect and subscribe to the inbox, or wait until a lost connection is back. Callers share the attempt."""
+    async def connect(self, timeout: float | None = None, peer: NatsPeer | None = None) -> None:
+        """Connect to NATS, or wait until a lost connection is back; and find out whether the worker is there.
+
+        Raises `ConnectError`, `Unauthenticated`, `ManagerClosed`. Callers share the attempt.
+        """
+        limit = self._config.nats.connect_timeout if timeout is None else timeout
+        deadline = self._loop.time() + limit
+        await self._connect(timeout)
+        if peer is None:
+            return
+        while (left := deadline - self._loop.time()) > 0:
+            if peer.leaving:
+                raise ConnectError(f"{peer.address} is shutting down", peer=peer.address)
+            asked = self.link.ask_peer(peer)
+            # asked again after a while: a message may be lost
+            await asyncio.wait((asked,), timeout=min(left, ASK_AGAIN_S))
+            if asked.done():
+                if asked.result() is not None:
+                    raise asked.result()
+                return
+            if self._closed:
+                raise ManagerClosed("the client is closed")
+        raise ConnectError(
+            f"{peer.address} did not answer within {limit:.3g} s (DYNWIRE_NATS_CONNECT_TIMEOUT)", peer=peer.address
+        )
+
+    async def _connect(self, timeout: float | None) -> None:
         if self._closed:
             raise ManagerClosed("the client is closed")
         if self._connection is not None and self.link.attached:
             await self._connection.wait_up(timeout)
             return
         if self._connecting is None or self._connecting.done():
-            self._connecting = self._loop.create_task(self._connect(), name="dynwire-nats-connect")
+            self._connecting = self._loop.create_task(self._open(), name="dynwire-nats-connect")
             self._connecting.add_done_callback(_retrieve)
         connecting = self._connecting
         done, _ = await asyncio.wait((connecting,), timeout=timeout)
         if not done:
-            servers = ", ".join(self._config.nats.servers)
+            servers = ", ".join(map(mask_url, self._config.nats.servers))
             raise ConnectError(f"no connection to NATS at {servers} (NATS_SERVER) within {timeout:g} s", peer=servers)
         if connecting.cancelled():
             raise ManagerClosed("the client was closed while it connected")
         connecting.result()
 
-    async def _connect(self) -> None:
+    async def _open(self) -> None:
         connection = await NatsConnection.acquire(self._config.nats)
         try:
             subscription = await connection.subscribe(self.link.subject.decode() + "*", self.link.sink)
