@@ -26,6 +26,8 @@ cdef class QueueRequest(NatsTarget):
     cdef uint64_t codec, credit, accept_ms
     cdef readonly double deadline
     cdef readonly uint32_t run           # how often it was queued anew
+    cdef NatsPeer lost                   # the worker that had it last …
+    cdef uint32_t lost_attempt           # … and as which attempt; what still comes of that counts no more
     cdef bint stop                       # its worker is to be told to finish early
 
 cdef class QueueRun:
@@ -57,6 +59,7 @@ cdef class QueueWire(NatsWire):
                                const unsigned char *headers, size_t headers_n, const unsigned char *payload, size_t n,
                                object owner) except -1
     cdef int confirmed(self, StreamBase stream, QueueRequest request, bytes answer) except -1
+    cdef bint counts(self, StreamBase stream, QueueRequest request, NatsPeer worker, uint32_t attempt) except -1
     cdef NatsPeer worker_at(self, const unsigned char *reply, size_t reply_n)
     cdef bint restart(self, StreamBase stream, QueueRequest request, uint32_t attempt) except -1
     cdef bint run_again(self, StreamBase stream, QueueRequest request) except -1

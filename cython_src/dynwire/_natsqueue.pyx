@@ -254,8 +254,7 @@ cdef class QueueWire(NatsWire):
         cdef int found = parse_headers(headers, headers_n, &f, &others)
         cdef int at
         cdef uint32_t attempt
-        cdef NatsPeer peer
-        cdef bint whole
+        cdef NatsPeer peer, worker
         if found == HEADERS_NONE:
             return self.confirmed(stream, request, PyBytes_FromStringAndSize(<const char *>payload, n))
         if found == HEADERS_STATUS:
@@ -267,25 +266,27 @@ cdef class QueueWire(NatsWire):
             self.malformed += 1
             return 0
         attempt = <uint32_t>f.v[at] if f.count > at else stream.in_arg
-        whole = f.kind == c"i" and f.count > 2 and f.v[0] == 0 and f.v[2] == 1
-        if attempt < stream.in_arg and not (whole and stream.mark == 0):
-            self.stale += 1
-            return 0
-        if attempt > stream.in_arg and not self.restart(stream, request, attempt):
-            return 0
-        if f.kind == c"b":
-            # Its worker shuts down and has given it back: the next one has a higher number.
-            self.restart(stream, request, attempt + 1)
-            return 0
-        if reply_n and request.peer is self.unnamed:
-            request.peer = self.worker_at(reply, reply_n)
+        worker = self.worker_at(reply, reply_n) if reply_n else request.peer
+        if not self.counts(stream, request, worker, attempt):
+            # A whole reply is welcome from whoever is the first.
+            if f.kind != c"i" or f.count < 3 or f.v[0] or f.v[2] != 1 or stream.mark:
+                self.stale += 1
+                return 0
+        elif attempt != stream.in_arg or worker is not request.peer:
+            if (request.peer is not self.unnamed or stream.mark) and not self.restart(stream, request, attempt):
+                return 0
+            stream.in_arg = attempt
+            request.peer = worker
             if request.stop:
                 self.put_cancel(stream, 1)
-        if f.kind == c"a":
-            if n and n <= INBOX_LIMIT:
-                request.ack = PyBytes_FromStringAndSize(<const char *>payload, n)
-        elif f.count > at:
-            f.v[at] = stream.in_arg  # a whole reply is welcome from whoever is the first
+        if f.kind == c"b":
+            # Its worker shuts down and has given it back.
+            self.restart(stream, request, attempt)
+            return 0
+        if f.kind == c"a" and n and n <= INBOX_LIMIT:
+            request.ack = PyBytes_FromStringAndSize(<const char *>payload, n)
+        if f.kind == c"i" and f.count > at:
+            f.v[at] = stream.in_arg
         peer = request.peer
         peer.heard = self.now
         peer.patience = self.probe_interval
@@ -303,6 +304,19 @@ cdef class QueueWire(NatsWire):
         stream.state |= S_ENDED
         self.free_slot(stream)
         return stream.on_end()
+
+    cdef bint counts(self, StreamBase stream, QueueRequest request, NatsPeer worker, uint32_t attempt) except -1:
+        """Is a message of the run that is to answer the request, or of one that takes its place?
+
+        The queue's counting begins anew when its server was killed: then two workers may have the same attempt.
+        """
+        if attempt >> RUN_SHIFT < request.run:
+            return False  # it was queued anew since
+        if request.peer is self.unnamed:
+            return worker is not request.lost or attempt > request.lost_attempt
+        if worker is request.peer:
+            return attempt >= stream.in_arg
+        return attempt > stream.in_arg
 
     cdef int confirmed(self, StreamBase stream, QueueRequest request, bytes answer) except -1:
         """What the queue says to the request."""
@@ -342,6 +356,7 @@ cdef class QueueWire(NatsWire):
 
     cdef bint restart(self, StreamBase stream, QueueRequest request, uint32_t attempt) except -1:
         """Another attempt takes the place of the one whose messages came so far. False if that cannot be: the stream has ended."""
+        cdef uint32_t before
         if not stream.on_restart():
             self.lose(stream, PeerLost(
                 f"the request was given to another worker after items had come from {request.peer.address}",
@@ -350,11 +365,15 @@ cdef class QueueWire(NatsWire):
             return False
         if stream.mark or request.peer is not self.unnamed:
             self.restarted += 1
+        before = stream.in_arg
         stream.mark = 0
         stream.in_arg = attempt
         self.granted += <int64_t>request.credit - stream.send_credit
         stream.send_credit = stream.cost = <int64_t>request.credit
         stream.refund = 0
+        if request.peer is not self.unnamed:
+            request.lost = request.peer
+            request.lost_attempt = before
         request.peer = self.unnamed
         request.ack = None
         return True
@@ -400,7 +419,8 @@ cdef class QueueWire(NatsWire):
                 if request.ack is not None:
                     # What the worker can't say any more: without it the queue would wait for its silence to last.
                     self.put_bytes(request.ack, None, b"", _NAK)
-                self.restart(stream, request, stream.in_arg + 1)
+                self.restart(stream, request, stream.in_arg)
+                request.target.queue.verify(request.number)
             else:
                 self.take_back(stream, request)
         return NatsWire.lose_peer(self, peer, error)
@@ -522,7 +542,7 @@ cdef class QueueWire(NatsWire):
         if self.given_back(stream):
             stream.state |= S_ENDED
             (<QueueRun>self.runs[stream]).verdict = NAK
-            return self.put_bytes(<bytes>stream.under, None, b"NATS/1.0\r\nD: b %d\r\n\r\n" % stream.attempt, b"")
+            return self.put_bytes(<bytes>stream.under, self.own_reply(stream), b"NATS/1.0\r\nD: b %d\r\n\r\n" % stream.attempt, b"")
         if self.up() and len(body) + 64 > min(self.port.max_payload, self.max_payload):
             return NatsWire.put_error(self, stream, code, body)  # with another text
         stream.state |= S_ENDED
@@ -559,7 +579,7 @@ cdef class QueueWire(NatsWire):
                 run = self.runs.pop(stream)
                 self.free_slot(stream)
                 stream.on_lost(PeerLost("nobody listens to the caller's inbox: it is gone, or reconnecting", sent="yes"))
-                run.consumer.give_back(run.delivery)
+                run.consumer.unheard(run.delivery)
                 return 0
         return NatsWire.control_message(self, rest, rest_n, reply, reply_n, found, f, payload, n)
 

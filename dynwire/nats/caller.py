@@ -56,6 +56,8 @@ class CallerQueue:
         self._requests = requests
         self._loop = asyncio.get_running_loop()
         self._looking: asyncio.Task[None] | None = None
+        self._doubtful: set[int] = set()
+        self._verifying: asyncio.Task[None] | None = None
         self._deletes: set[asyncio.Task[None]] = set()
         self._forget_state = connection.on_state(self._on_state)
 
@@ -88,22 +90,30 @@ class CallerQueue:
         anew = before is not None and before.created != found.created
         self._requests.found(anew)
         if not anew:
-            await self._find_missing()
+            # Replies that came while we were away are lost, and their requests may have left the queue.
+            for number in self._requests.waiting():
+                self.verify(number)
 
-    async def _find_missing(self) -> None:
-        """Replies that came while we were away are lost, and their requests have left the queue."""
+    def verify(self, number: int) -> None:
+        """The reply to a request may be lost: if the request is not in the queue (any more), tell."""
+        self._doubtful.add(number)
+        if self._verifying is None or self._verifying.done():
+            self._verifying = self._loop.create_task(self._verify(), name=f"dynwire-verify-{self.names.endpoint}")
+
+    async def _verify(self) -> None:
         from nats.errors import Error as NatsError
 
-        missing = set()
-        try:
-            for number in self._requests.waiting():
-                if not await self._admin.has(self.names, number):
-                    missing.add(number)
-        except (NatsError, OSError, DynwireError) as error:
-            logger.warning("the queue of %s could not be asked for the requests that wait: %r", self.names.endpoint, error)
-        if missing:
+        while self._doubtful:
+            numbers, self._doubtful = self._doubtful, set()
+            try:
+                missing = {number for number in numbers if not await self._admin.has(self.names, number)}
+            except (NatsError, OSError, DynwireError) as error:
+                logger.info("the queue of %s could not be asked for requests that wait: %r", self.names.endpoint, error)
+                self._doubtful |= numbers
+                missing = set()
             await asyncio.sleep(ON_THE_WAY_S)
-            self._requests.missing(missing)
+            if missing:
+                self._requests.missing(missing)
 
     def take_back(self, seq: int) -> None:
         """A request that nobody waits for any more leaves the queue, if no worker has finished it. Best effort, never waits."""
@@ -151,5 +161,9 @@ class CallerQueue:
             self._looking.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._looking
+        if self._verifying is not None:
+            self._verifying.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._verifying
         if self._deletes:
             await asyncio.wait(self._deletes)

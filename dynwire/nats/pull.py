@@ -50,6 +50,11 @@ CONFLICT = 409  # consumer deleted, leader changed, server shutting down, too ma
 NO_RESPONDERS = 503  # no such consumer, or no JetStream
 
 
+FEW = 8
+BOLDER_S = 0.05
+"""After a reconnect a worker takes a few requests at first, and twice as many in each of these periods in which no caller was
+missing. Those that were connected to the same server come back at about the same moment, not all of them before it"""
+
 _PENDING = re.compile(rb"\r\nNats-Pending-Messages: *(\d{1,9})\r\n")
 
 
@@ -62,6 +67,8 @@ class PullWindow:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.ceiling = limit
+        """what is taken at the moment: after a reconnect it begins with a few, see `careful`"""
         self.asked = 0
         self.last_heard = 0.0
 
@@ -71,10 +78,19 @@ class PullWindow:
         Not for every one that ends: a question costs as much as a message, so it waits until a quarter of what this worker
         takes is free. A worker that waits for nothing at all asks at once.
         """
-        free = self.limit - running - self.asked
-        if free <= 0 or (self.asked and free * 4 < self.limit):
+        free = self.ceiling - running - self.asked
+        if free <= 0 or (self.asked and free * 4 < self.ceiling):
             return 0
         return free
+
+    def careful(self) -> None:
+        """Take a few requests only: their callers may be away, and would hear nothing of what is run for them."""
+        self.ceiling = min(self.limit, FEW)
+
+    def bolder(self) -> bool:
+        """Take twice as many; False when that is all."""
+        self.ceiling = min(self.limit, 2 * self.ceiling)
+        return self.ceiling < self.limit
 
     def sent(self, count: int, now: float) -> None:
         """A question for ``count`` requests is on its way."""
@@ -173,6 +189,7 @@ class QueueConsumer:
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._bolder: asyncio.TimerHandle | None = None
         self._forget_state = connection.on_state(self._on_state)
         self.queue: Queue | None = None
         """as it was found last; None before `start`"""
@@ -238,6 +255,8 @@ class QueueConsumer:
             for delivery in self._unproven.values():
                 self._say(delivery.ack, NAK)
             self._unproven.clear()
+        else:
+            self._be_careful()
         self._reopen()
 
     def connected(self) -> None:
@@ -246,6 +265,16 @@ class QueueConsumer:
         for subject, word in unsaid:
             self._say(subject, word)
         self._up.set()
+
+    def _be_careful(self) -> None:
+        self._window.careful()
+        if self._bolder is not None:
+            self._bolder.cancel()
+        self._bolder = self._loop.call_later(BOLDER_S, self._be_bolder)
+
+    def _be_bolder(self) -> None:
+        self._bolder = self._loop.call_later(BOLDER_S, self._be_bolder) if self._window.bolder() else None
+        self._ask()
 
     def _reopen(self) -> None:
         """What we have asked is void."""
@@ -346,7 +375,10 @@ class QueueConsumer:
         self._ask()
 
     def unheard(self, delivery: Delivery) -> None:
-        """Nobody listened for the last message: the caller is gone, or reconnecting, and shall get another reply then."""
+        """Nobody listened for a message of the reply: the caller is gone, or reconnecting, and shall get another reply then."""
+        self._be_careful()
+        if self._progress.remove(delivery):
+            self._say(delivery.ack, nak_later(delivery.attempt))
         if self._unproven.get(delivery.seq) is delivery:
             del self._unproven[delivery.seq]
             self._say(delivery.ack, nak_later(delivery.attempt))
@@ -413,6 +445,8 @@ class QueueConsumer:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._proving
         self._forget_state()
+        if self._bolder is not None:
+            self._bolder.cancel()
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
