@@ -8,6 +8,7 @@ cdef enum:
     RUN_SHIFT = 10               # an attempt is a number: run << 10 | delivery of the queue
     MAX_DELIVERY = 1023
     FINAL_SLOT = 0xFFFFFE        # as a slot: the reply subject of the last message of a queued request
+    MARK_SLOT = 0xFFFFFD         # … and of a message to ourselves
     MAX_RUNS = 16                # times that a caller queues a request whose reply was lost
     QUEUE_ROOM = 512             # bytes of headers that a queued request needs more than another
 
@@ -34,7 +35,9 @@ cdef class QueueRun:
     """(server) A request that came from a queue."""
     cdef object consumer                 # dynwire.nats.pull.QueueConsumer
     cdef object delivery                 # dynwire.nats.queue.Delivery
+    cdef bytes inbox, head, body         # the reply, if it is one message
     cdef object verdict
+    cdef int unheard                     # how often nobody listened to the news that it has begun
 
 cdef class QueueWire(NatsWire):
     # (client)
@@ -51,6 +54,9 @@ cdef class QueueWire(NatsWire):
     cdef dict lost_callers               # prefix of inboxes -> when the NATS server first said that nobody listens there
     cdef uint32_t final_no
     cdef dict finals                     # number in the reply subject of a last message -> QueueRun, until it is acknowledged
+    cdef uint32_t mark_no
+    cdef dict marks                      # number of a message to ourselves -> what to call when it has come back
+    cdef dict replied                    # inbox -> QueueRun of which that is so, and whose reply is one message
     cdef readonly uint64_t unheard       # messages that no caller listened for
     cdef readonly uint64_t expired       # requests that were over when they came
     cdef readonly uint64_t poisonous     # requests that were given to too many workers
@@ -68,6 +74,6 @@ cdef class QueueWire(NatsWire):
     cdef int look_at_queues(self, double now) except -1
     cdef int receive_queued(self, object consumer, object delivery, bytes subject, const unsigned char *headers, size_t headers_n,
                             const unsigned char *payload, size_t n, object owner) except -1
-    cdef bytes final_reply(self, StreamBase stream)
+    cdef bytes final_reply(self, QueueRun run)
     cdef bint given_back(self, StreamBase stream)
     cdef bint has_room(self, bytes subject)

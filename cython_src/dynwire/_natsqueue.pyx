@@ -8,6 +8,8 @@ so that two workers that were given the same request cannot be confused.
 docs/nats-wire.md specifies every byte, docs/nats.md what is promised.
 """
 
+import functools
+
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.math cimport INFINITY
 from libc.string cimport memcmp
@@ -37,6 +39,9 @@ from .wire.faults import error_body
 cdef double ACCEPT_AFTER_S = 0.001
 """A worker names itself to the caller of a request whose handler is not done at once: then it can be cancelled, and looked after.
 And it learns soon whether the caller is there at all."""
+cdef int ACCEPT_AGAIN = 20
+cdef double ACCEPT_AGAIN_S = 0.25
+"""A worker goes on for these 5 s with a request whose caller does not listen: he may be reconnecting, as the worker did."""
 cdef bytes _INBOX = b"\r\nDynwire-Inbox: "
 cdef bytes _NAK = b"-NAK"
 cdef object ACK = b"+ACK"
@@ -77,6 +82,8 @@ cdef class QueueWire(NatsWire):
         self.runs = {}
         self.lost_callers = {}
         self.finals = {}
+        self.replied = {}
+        self.marks = {}
         self.unnamed = NatsPeer("nats:a.queue")
         self.unnamed.control = None
 
@@ -137,6 +144,10 @@ cdef class QueueWire(NatsWire):
             <const unsigned char *>PyBytes_AS_STRING(body), PyBytes_GET_SIZE(body), body if len(body) >= 65536 else None,
         )  # fmt: skip
         return self.wrote()
+
+    cdef int port_changed(self, double now) except -1:
+        self.marks.clear()
+        return NatsWire.port_changed(self, now)
 
     cdef double next_wakeup(self):
         return min(NatsWire.next_wakeup(self), self.queue_at)
@@ -516,49 +527,97 @@ cdef class QueueWire(NatsWire):
         return False
 
     cdef int put_item(self, StreamBase stream, const unsigned char *p, size_t n, object owner, int kind, bint last) except -1:
-        cdef bytes head
+        cdef bytes head, reply
+        cdef QueueRun run
         if not stream.in_flags & F_QUEUED or stream.state & S_ENDED or <int64_t>n > self.item_limit():
             return NatsWire.put_item(self, stream, p, n, owner, kind, last)
         stream.send_credit -= <int64_t>n + self.item_overhead
+        head = b"NATS/1.0\r\nD: i %d %d %d %d\r\n\r\n" % (stream.mark, kind, last, stream.attempt)
         if last:
             stream.state |= S_ENDED
-        head = b"NATS/1.0\r\nD: i %d %d %d %d\r\n\r\n" % (stream.mark, kind, last, stream.attempt)
+            run = self.runs[stream]
+            if stream.mark == 0:
+                run.inbox = <bytes>stream.under
+                run.head = head
+                run.body = owner if type(owner) is bytes and len(owner) == n else PyBytes_FromStringAndSize(<const char *>p, n)
+            reply = self.final_reply(run)
+        else:
+            reply = self.own_reply(stream)
         stream.mark += 1
         return self.port.publish(
-            <bytes>stream.under, self.final_reply(stream) if last else self.own_reply(stream), <const unsigned char *>PyBytes_AS_STRING(head),
-            PyBytes_GET_SIZE(head), p, n, owner if n >= 65536 and type(owner) is bytes else memoryview(owner) if n >= 65536 else None,
+            <bytes>stream.under, reply, <const unsigned char *>PyBytes_AS_STRING(head), PyBytes_GET_SIZE(head), p, n,
+            owner if n >= 65536 and type(owner) is bytes else memoryview(owner) if n >= 65536 else None,
         )  # fmt: skip
 
     cdef int put_end(self, StreamBase stream) except -1:
         if not stream.in_flags & F_QUEUED or stream.state & S_ENDED:
             return NatsWire.put_end(self, stream)
         stream.state |= S_ENDED
-        return self.put_bytes(<bytes>stream.under, self.final_reply(stream),
+        return self.put_bytes(<bytes>stream.under, self.final_reply(self.runs[stream]),
                               b"NATS/1.0\r\nD: e %d %d\r\n\r\n" % (stream.mark, stream.attempt), b"")
 
     cdef int put_error(self, StreamBase stream, int code, bytes body) except -1:
+        cdef QueueRun run
         if not stream.in_flags & F_QUEUED or stream.state & S_ENDED:
             return NatsWire.put_error(self, stream, code, body)
+        run = self.runs[stream]
         if self.given_back(stream):
             stream.state |= S_ENDED
-            (<QueueRun>self.runs[stream]).verdict = NAK
+            run.verdict = NAK
             return self.put_bytes(<bytes>stream.under, self.own_reply(stream), b"NATS/1.0\r\nD: b %d\r\n\r\n" % stream.attempt, b"")
         if self.up() and len(body) + 64 > min(self.port.max_payload, self.max_payload):
             return NatsWire.put_error(self, stream, code, body)  # with another text
         stream.state |= S_ENDED
-        return self.put_bytes(<bytes>stream.under, self.final_reply(stream), b"NATS/1.0\r\nD: x %d\r\n\r\n" % stream.attempt, body)
+        run.inbox = <bytes>stream.under
+        run.head = b"NATS/1.0\r\nD: x %d\r\n\r\n" % stream.attempt
+        run.body = body
+        return self.put_bytes(run.inbox, self.final_reply(run), run.head, body)
 
-    cdef bytes final_reply(self, StreamBase stream):
+    cdef bytes final_reply(self, QueueRun run):
         """Where the NATS server answers if nobody listens for the last message. Until then it is not acknowledged."""
-        cdef QueueRun run = self.runs[stream]
         self.final_no += 1
         run.delivery.final = self.final_no
         self.finals[self.final_no] = run
+        if run.body is not None:
+            self.replied[run.inbox] = run
         return self.subject + b"._.%06x%08x" % (FINAL_SLOT, self.final_no)
 
+    def say_again(self, QueueRun run not None):
+        """A reply that nobody listened for: its caller may be back."""
+        if not self.dead:
+            self.finals.pop(run.delivery.final, None)
+            self.put_bytes(run.inbox, self.final_reply(run), run.head, run.body)
+            self.wrote()
+            run.consumer.finished(run.delivery, ACK)
+
+    def mark(self, callback):
+        """Call ``callback()`` when the NATS server has dealt with everything that was published before. Not after a lost connection.
+
+        A message to ourselves: what the server says about earlier ones comes before it, on the same connection.
+        """
+        if self.up():
+            self.mark_no += 1
+            self.marks[self.mark_no] = callback
+            self.put_bytes(self.subject + b"._.%06x%08x" % (MARK_SLOT, self.mark_no), None, b"", b"")
+            self.wrote()
+
     def forget_final(self, uint32_t number):
-        """The request was acknowledged."""
-        self.finals.pop(number, None)
+        """The request was acknowledged, or its caller is gone."""
+        cdef QueueRun run = self.finals.pop(number, None)
+        if run is not None and run.body is not None and self.replied.get(run.inbox) is run:
+            del self.replied[run.inbox]
+
+    cdef bytes answer_probe(self, const unsigned char *reply, size_t prefix_n, const unsigned char *payload, size_t n):
+        """A reply that nobody has listened for is going to be published again: the request is not unknown."""
+        cdef bytes answer = NatsWire.answer_probe(self, reply, prefix_n, payload, n)
+        cdef bytes prefix
+        if not self.replied or answer is None or b" -\n" not in answer:
+            return answer
+        prefix = PyBytes_FromStringAndSize(<const char *>reply, prefix_n)
+        return b"".join([
+            line[:TOKEN_BYTES] + b" 0\n" if line.endswith(b" -\n") and prefix + line[:TOKEN_BYTES] in self.replied else line
+            for line in answer.splitlines(True)
+        ])  # fmt: skip
 
     cdef int control_message(self, const unsigned char *rest, size_t rest_n, const unsigned char *reply, size_t reply_n,
                              int found, fields *f, const unsigned char *payload, size_t n) except -1:
@@ -566,20 +625,32 @@ cdef class QueueWire(NatsWire):
         cdef StreamBase stream
         cdef QueueRun run
         cdef uint32_t slot, seq
+        if found == HEADERS_NONE and rest_n == 2 + TOKEN_BYTES and parse_token(rest + 2, &slot, &seq) and slot == MARK_SLOT:
+            callback = self.marks.pop(seq, None)
+            if callback is not None:
+                callback()
+            return 0
         if found == HEADERS_STATUS and rest_n == 2 + TOKEN_BYTES and parse_token(rest + 2, &slot, &seq):
             if slot == FINAL_SLOT:
-                run = self.finals.pop(seq, None)
+                run = self.finals.get(seq)
                 if run is not None:
                     self.unheard += 1
-                    run.consumer.unheard(run.delivery)
+                    run.consumer.unheard(run.delivery, None if run.body is None else functools.partial(self.say_again, run))
                 return 0
             stream = self.get_slot(slot)
             if stream is not None and stream.seq == seq and stream.in_flags & F_QUEUED:
                 self.unheard += 1
-                run = self.runs.pop(stream)
+                run = self.runs[stream]
+                if stream.mark == 0 and run.unheard < ACCEPT_AGAIN:
+                    # Nothing is lost yet but the news that it has begun: it goes on, and the news is told again.
+                    run.unheard += 1
+                    stream.state &= ~S_ACCEPTED
+                    self.arm(stream, min(stream.timer, self.now + ACCEPT_AGAIN_S))
+                    return 0
+                del self.runs[stream]
                 self.free_slot(stream)
                 stream.on_lost(PeerLost("nobody listens to the caller's inbox: it is gone, or reconnecting", sent="yes"))
-                run.consumer.unheard(run.delivery)
+                run.consumer.unheard(run.delivery, None)
                 return 0
         return NatsWire.control_message(self, rest, rest_n, reply, reply_n, found, f, payload, n)
 
@@ -606,6 +677,8 @@ cdef class QueueWire(NatsWire):
     cdef list take_all_streams(self):
         self.runs.clear()  # whoever closes the connection gives them back
         self.finals.clear()
+        self.replied.clear()
+        self.marks.clear()
         self.given_up.clear()
         self.queue_at = INFINITY
         for target in self.targets_:
@@ -625,6 +698,21 @@ cdef class QueueWire(NatsWire):
             self.lost_callers[prefix] = self.now  # it was lost before, and has come back since
             return False
         return self.now - <double>since > self.keepalive_timeout
+
+    def requests(self):
+        """(client) What is known of each request to a queue, for diagnostics."""
+        cdef StreamBase stream
+        cdef QueueRequest request
+        cdef list out = []
+        for stream in self.slots:
+            if stream is not None and type(stream.under) is QueueRequest:
+                request = <QueueRequest>stream.under
+                out.append({
+                    "queue": request.target.queue.names.endpoint, "number": request.number, "run": request.run,
+                    "worker": None if request.peer is self.unnamed else request.peer.address, "attempt": stream.in_arg,
+                    "items": stream.mark,
+                })  # fmt: skip
+        return out
 
     def stats(self):
         """As of the other machine, with what concerns queues."""

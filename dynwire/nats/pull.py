@@ -30,6 +30,10 @@ logger = logging.getLogger("dynwire.nats")
 LAST_ACKS_S = 1.0
 """how long closing waits for the last acknowledgements"""
 
+SAY_AGAIN = 7
+SAY_AGAIN_S = 0.1
+"""A reply that nobody listened for is published so often again, after a pause that doubles: for 12 s. Then its caller is gone"""
+
 REOPEN_TIMEOUT_S = 5.0
 """for one attempt to find the queue again; there is another one after it"""
 
@@ -182,7 +186,9 @@ class QueueConsumer:
         self._up = asyncio.Event()
         self._up.set()
         self.forget_final: Callable[[int], object] = lambda number: None
-        """called with ``delivery.final`` when a request was acknowledged; for the plane"""
+        """for the plane: called with ``delivery.final`` when a request was acknowledged"""
+        self.mark: Callable[[Callable[[], object]], object] = lambda callback: callback()
+        """for the plane: calls what it gets when the server has dealt with all that was published before"""
         self._void = asyncio.Event()
         self._finished: dict[int, float] = {}
         """requests that were acknowledged lately -> until when a further delivery of them is taken for one that crossed that"""
@@ -251,8 +257,11 @@ class QueueConsumer:
         self._finished.clear()
         if state != UP:
             self._up.clear()
+            if self._proving is not None:
+                self._proving.cancel()
             # Their last messages may be lost with the connection.
             for delivery in self._unproven.values():
+                self.forget_final(delivery.final)
                 self._say(delivery.ack, NAK)
             self._unproven.clear()
         else:
@@ -265,6 +274,7 @@ class QueueConsumer:
         for subject, word in unsaid:
             self._say(subject, word)
         self._up.set()
+        self._prove_soon()
 
     def _be_careful(self) -> None:
         self._window.careful()
@@ -293,7 +303,7 @@ class QueueConsumer:
     def _say(self, subject: bytes, word: bytes) -> None:
         if self._connection.up:
             self._connection.port.send(subject, word)
-        elif word is not PROGRESS:
+        elif word != PROGRESS:
             self._unsaid.append((subject, word))
 
     def take(self, reply: bytes) -> Delivery | None:
@@ -315,7 +325,12 @@ class QueueConsumer:
             here.ack = delivery.ack
             self._say(reply, PROGRESS)
             return None
-        if delivery.seq in self._finished or delivery.seq in self._unproven:
+        replied = self._unproven.get(delivery.seq)
+        if replied is not None:
+            self.repeated_here += 1
+            replied.ack = delivery.ack
+            return None
+        if delivery.seq in self._finished:
             # It was given to us again while we finished it: the loop was blocked by its own handler, for example.
             self.repeated_here += 1
             self._say(reply, ACK)
@@ -364,38 +379,49 @@ class QueueConsumer:
         """
         if not self._progress.remove(delivery):
             return
-        if verdict is ACK:
+        if verdict == ACK:
             self._unproven[delivery.seq] = delivery
-            if self._proving is None or self._proving.done():
-                self._proving = self._loop.create_task(self._prove(), name=f"dynwire-queue-acks-{self._names.endpoint}")
+            self._prove_soon()
         else:
-            if verdict is TERM:
+            if verdict == TERM:
                 self._forget_later(delivery)
             self._say(delivery.ack, verdict)
         self._ask()
 
-    def unheard(self, delivery: Delivery) -> None:
-        """Nobody listened for a message of the reply: the caller is gone, or reconnecting, and shall get another reply then."""
+    def unheard(self, delivery: Delivery, again: Callable[[], object] | None) -> None:
+        """Nobody listened for a message of the reply: the caller is gone, or reconnecting.
+
+        ``again`` publishes a reply that is one message once more; it then calls `finished`. Without it the request is run anew.
+        """
         self._be_careful()
-        if self._progress.remove(delivery):
+        if self._unproven.get(delivery.seq) is not delivery:
+            if self._progress.remove(delivery):
+                self._say(delivery.ack, nak_later(delivery.attempt))
+            return
+        del self._unproven[delivery.seq]
+        if again is None:
+            self.forget_final(delivery.final)
             self._say(delivery.ack, nak_later(delivery.attempt))
-        if self._unproven.get(delivery.seq) is delivery:
-            del self._unproven[delivery.seq]
-            self._say(delivery.ack, nak_later(delivery.attempt))
+        elif delivery.unheard < SAY_AGAIN:
+            self._progress.add(delivery, self._loop.time())
+            self._loop.call_later(SAY_AGAIN_S * 2**delivery.unheard, again)
+            delivery.unheard += 1
+        else:
+            self._forget_later(delivery)
+            self._say(delivery.ack, TERM)
+
+    def _prove_soon(self) -> None:
+        if self._unproven and self._up.is_set() and (self._proving is None or self._proving.done()):
+            self._proving = self._loop.create_task(self._prove(), name=f"dynwire-queue-acks-{self._names.endpoint}")
 
     async def _prove(self) -> None:
         """Acknowledge what was replied to, as many requests with one question to the server as have come since the last."""
-        from nats.errors import Error as NatsError
-
         while self._unproven:
-            await self._up.wait()
             batch = tuple(self._unproven.values())
-            try:
-                await self._connection.client.flush()
-            except (NatsError, OSError):
-                # Silence beyond the 10 s that nats-py waits, or the connection is gone: what was published is told of then.
-                await asyncio.sleep(PAUSE_S)
-                continue
+            dealt_with = asyncio.Event()
+            self.mark(dealt_with.set)
+            # If the connection is lost, `_on_state` gives back what was published over it, and cancels this.
+            await dealt_with.wait()
             for delivery in batch:
                 if self._unproven.get(delivery.seq) is delivery:
                     del self._unproven[delivery.seq]

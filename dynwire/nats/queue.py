@@ -160,7 +160,7 @@ def refusal(names: QueueNames, error: _ApiError, config: NatsConfig, size: int) 
 class Delivery:
     """One request as JetStream gave it to this worker. ``ack`` is the subject on which the worker says how it went."""
 
-    __slots__ = ("ack", "attempt", "final", "pending", "progress_at", "seq", "stored_at")
+    __slots__ = ("ack", "attempt", "final", "pending", "progress_at", "seq", "stored_at", "unheard")
 
     def __init__(self, ack: bytes, seq: int, attempt: int, stored_at: float, pending: int) -> None:
         self.ack = ack
@@ -173,6 +173,8 @@ class Delivery:
         self.pending = pending
         """requests behind it in the queue"""
         self.progress_at = 0.0
+        self.unheard = 0
+        """how often its reply was published while nobody listened"""
         self.final = 0
         """for the plane: by what it knows the last message of the reply"""
 

@@ -118,6 +118,7 @@ class ServerQueues:
         consumer = QueueConsumer(self._connection, names, self._config.nats, sink, max_in_flight)
         sink.consumer = consumer
         consumer.forget_final = self._link.forget_final
+        consumer.mark = self._link.mark
         self._consumers[endpoint] = consumer
         self._opening[endpoint] = asyncio.get_running_loop().create_task(
             consumer.start(OPEN_TIMEOUT_S), name=f"dynwire-queue-{endpoint}"
