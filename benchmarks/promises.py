@@ -1,4 +1,4 @@
-"""The speed that issues #2 and #3 promise, as data. compare.py and compare_http.py measure both sides in one row of one run.
+"""The speed that issues #2, #3 and #4 promise, as data. The compare scripts measure both sides in one row of one run.
 
 ``left`` and ``right`` are contestants of the row (``peer`` or ``peer:kind``), the measured value is ``metric(left) /
 metric(right)``, or the plain metric where ``right`` is empty. ``<=`` on times, CPU and memory, ``>=`` on rates.
@@ -127,4 +127,25 @@ HTTP_PROMISES: list[Promise] = [
     Promise("client, 32 in flight, pycurl, by CPU", "client-32/split", "client_us", "dynwire", "<=", 1, "pycurl-multi"),
     Promise("blocking client, a core each, pycurl", "client-blocking/split", "p50_us", "dynwire-sync", "<=", 1, "pycurl"),
     Promise("blocking client, one core, pycurl", "client-blocking/one", "p50_us", "dynwire-sync", "<=", 1, "pycurl"),
+]
+
+
+# The nats plane, compare_nats.py
+
+
+def _nats(text: str, row: str, plain: float, fast: float) -> list[Promise]:
+    return [
+        Promise(f"{text}, nats-py's API only", f"{row}/split", "rate", "dynwire-plain", ">=", plain, "nats-py"),
+        Promise(text, f"{row}/split", "rate", "dynwire", ">=", fast, "nats-py"),
+    ]
+
+
+NATS_PROMISES: list[Promise] = [
+    *_nats("1 in flight, nats-py by hand", "unary-64B-c1", 0.9, 0.9),
+    *_nats("32 in flight, nats-py by hand", "unary-64B-c32", 0.9, 2.5),
+    *_nats("256 in flight, nats-py by hand", "unary-64B-c256", 0.9, 2.5),
+    *_nats("stream, one at a time, nats-py by hand", "stream-64B-x1", 0.9, 0.9),
+    *_nats("stream, 8 at a time, nats-py by hand", "stream-64B-x8", 0.9, 0.9),
+    *_nats("one item per tick, 64 streams, nats-py by hand", "tick-64B-x64", 0.9, 0.9),
+    Promise("8 blocking threads, 8 tasks", "threads-64B-t8/split", "rate", "dynwire-sync", ">=", 0.7, "dynwire"),
 ]

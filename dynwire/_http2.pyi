@@ -43,9 +43,9 @@ class Http2Engine:
         empty_data: int = 100,
         resets: int = 1000,
         glitches: int = 10000,
-        tiny_data: int = 67108864,
         handshake_s: float = 10.0,
         stall_s: float = 30.0,
+        leniency: float = 1.0,
     ) -> None: ...
     @property
     def is_client(self) -> bool: ...
@@ -77,8 +77,6 @@ class Http2Engine:
     def settings_entries(self) -> int: ...
     @property
     def control_backlog(self) -> int: ...
-    @property
-    def tiny_data(self) -> int: ...
     @property
     def handshake_s(self) -> float: ...
     @property

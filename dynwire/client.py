@@ -61,8 +61,10 @@ class AsyncClient:
         codec: str,
         migration_limit: int,
         resume: Resume | None,
+        accepts: Callable[[Instance], bool] | None = None,
     ) -> None:
         _check_migration(migration_limit, resume)
+        self._accepts = accepts
         self.endpoint = path
         """``namespace.component.endpoint``"""
         self.router = router
@@ -313,8 +315,8 @@ class AsyncClient:
             return found
         self._check_open()
         runtime = await self._manager._runtime()
-        queue = runtime.plane.queue(runtime.config, self.endpoint)
-        route = Route(self.endpoint, self.router, runtime.plane.name, runtime.client(self.codec).channel, queue)
+        make_channel, queue = runtime.client(self.codec).channel, runtime.plane.queue(runtime.config, self.endpoint)
+        route = Route(self.endpoint, self.router, runtime.plane.name, make_channel, self._accepts, queue)
         route.loop = loop
         route.here = where()
         watch = await runtime.watch(self.endpoint, route.update)
@@ -574,7 +576,7 @@ class Client(BlockingCaller):
             if self._home is None:
                 channels = self._manager._plane_client(self.codec)
                 queue = self._manager._plane.queue(self._manager.config, self.endpoint)
-                route = Route(self.endpoint, self.router, self._manager.plane, channels.channel, queue)
+                route = Route(self.endpoint, self.router, self._manager.plane, channels.channel, queue=queue)
                 route.watch = self._manager._watch(self.endpoint, route.update)
                 self._home = route
             return self._home

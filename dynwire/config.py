@@ -459,11 +459,7 @@ class NatsConfig(_Part):
         True, "DYNWIRE_NATS_WAIT", Flag(), "wait for an absent server at start, up to the connect timeout; false: fail at once"
     )
     ping_interval: float = setting(
-        3.0,
-        "DYNWIRE_NATS_PING_INTERVAL",
-        _seconds(0.01),
-        "ping the server; after two unanswered ones it counts as lost",
-        unit="s",
+        3.0, "DYNWIRE_NATS_PING_INTERVAL", _seconds(0.01), "ping the server; two unanswered: it counts as lost", unit="s"
     )
     port: str = setting(
         "auto",
@@ -487,6 +483,7 @@ class NatsConfig(_Part):
     tls_handshake_first: bool = setting(
         False, "DYNWIRE_NATS_TLS_HANDSHAKE_FIRST", Flag(), "TLS before the server's INFO, as servers with handshake_first want it"
     )
+
     # Durable requests (request_mode jetstream). JetStream counts in nanoseconds; its duplicate window is at least 100 ms.
     queue_max_age: float = setting(
         3600.0,
@@ -564,6 +561,20 @@ class EventsConfig(_Part):
     plane: str = setting(
         "nats", "DYN_EVENT_PLANE", Choice("jetstream", "nats", "zmq", "none"), "how KV cache events travel; nats: core NATS"
     )
+    host: str | None = setting(
+        None,
+        "DYNWIRE_EVENTS_HOST",
+        Optional_(Host(wildcard=True), "auto"),
+        "address that a worker binds for events over zmq; its port is any free one",
+        default_text="auto-detected",
+    )
+    advertise_host: str | None = setting(
+        None,
+        "DYNWIRE_EVENTS_ADVERTISE_HOST",
+        Optional_(Host(wildcard=False), "auto"),
+        "host that routers are told to connect to for events over zmq",
+        default_text="the bound address, or this host's if that is a wildcard",
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -597,6 +608,82 @@ class SystemConfig(_Part):
         Optional_(_PORT, "off", "none", "-1"),
         "port of /health, /live and /metrics; 0: any free one",
         default_text="off",
+    )
+
+
+ROUTER_MODES = ("round-robin", "random", "p2c", "least-loaded", "kv")
+
+
+@dataclass(frozen=True, repr=False)
+class RouterConfig(_Part):
+    """How a frontend chooses a worker. What says kv has no effect in the other modes."""
+
+    mode: str = setting("round-robin", "DYN_ROUTER_MODE", Choice(*ROUTER_MODES), "how workers are chosen")
+    kv_events: bool = setting(True, "DYN_ROUTER_USE_KV_EVENTS", Flag(), "kv: follow the workers' events; off: guess their caches")
+    kv_overlap_score_weight: float = setting(
+        1.0, "DYN_KV_OVERLAP_SCORE_WEIGHT", Number(float, 0, 1e6), "kv: weight of prompt blocks that are not cached"
+    )
+    temperature: float = setting(0.0, "DYN_ROUTER_TEMPERATURE", Number(float, 0, 1e6), "kv: 0 takes the best worker")
+    replica_sync: bool = setting(False, "DYN_ROUTER_REPLICA_SYNC", Flag(), "kv: share the active load between routers")
+    reset_states: bool = setting(False, "DYN_ROUTER_RESET_STATES", Flag(), "kv: start without a snapshot")
+    kv_cache_block_size: int | None = setting(
+        None,
+        "DYN_KV_CACHE_BLOCK_SIZE",
+        Optional_(_count(1, 1 << 20), "auto"),
+        "kv: tokens per block",
+        unit="tokens",
+        default_text="what the model's card says",
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class FrontendConfig(_Part):
+    """The OpenAI-compatible frontend."""
+
+    host: str | None = setting(
+        None,
+        "DYN_HTTP_HOST",
+        Optional_(Host(wildcard=True), "auto"),
+        "address to bind",
+        default_text="127.0.0.1 with file or mem discovery, otherwise 0.0.0.0",
+    )
+    server: str = setting("granian", "DYNWIRE_FRONTEND_SERVER", Choice("granian", "uvicorn"), "HTTP server")
+    namespace: str | None = setting(None, "DYN_NAMESPACE", Optional_(Text()), "serve models of this namespace only")
+    migration_limit: int = setting(
+        0, "DYN_MIGRATION_LIMIT", _count(0, 1000), "times that an answer may move to another worker when its worker is lost"
+    )
+    max_in_flight: int = setting(
+        4096, "DYNWIRE_FRONTEND_MAX_IN_FLIGHT", _count(1, 1_000_000), "requests at once; one more is answered with 429"
+    )
+    busy_threshold: float | None = setting(
+        None,
+        "DYN_BUSY_THRESHOLD",
+        Optional_(Number(float, 0.001, 1000), "off", "none"),
+        "requests in flight per sequence that a model's workers can run; at this load requests are answered with 503",
+        default_text="off",
+    )
+    retry_after: float = setting(
+        1.0, "DYNWIRE_FRONTEND_RETRY_AFTER", _seconds(), "what refused clients are told to wait", unit="s"
+    )
+    body_limit_mb: float = setting(
+        16.0, "DYN_HTTP_BODY_LIMIT_MB", Number(float, 0.001, 4096, "megabytes"), "largest request", unit="MiB"
+    )
+    request_timeout: float | None = setting(
+        None, "DYNWIRE_FRONTEND_REQUEST_TIMEOUT", Optional_(_seconds(), "none", "off"), "total time of an answer", unit="s"
+    )
+    grace: float = setting(
+        30.0, "DYN_HTTP_GRACEFUL_SHUTDOWN_TIMEOUT_SECS", _seconds(0), "how long a shutdown waits for answers", unit="s"
+    )
+    api_keys: str | None = setting(
+        None,
+        "DYNWIRE_API_KEYS",
+        Optional_(Text()),
+        "keys of clients, separated by commas",
+        secret=True,
+        default_text="none: open",
+    )
+    api_key_file: str | None = setting(
+        None, "DYNWIRE_API_KEY_FILE", Optional_(Text("a path", r"[^\0]+")), "file with one key per line"
     )
 
 
@@ -639,6 +726,8 @@ class Config(_Part):
     events: EventsConfig = field(default_factory=EventsConfig)
     discovery: DiscoveryConfig = field(default_factory=DiscoveryConfig)
     system: SystemConfig = field(default_factory=SystemConfig)
+    router: RouterConfig = field(default_factory=RouterConfig)
+    frontend: FrontendConfig = field(default_factory=FrontendConfig)
 
     origins: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     """dotted name -> ``default``, ``env DYN_X``, ``file /path.toml``, ``keyword`` or ``command line``"""
@@ -651,14 +740,14 @@ class Config(_Part):
         return value
 
     def listen_hosts(self, plane: str) -> tuple[str, str]:
-        """``(host to bind, host to advertise)`` for the server of ``tcp`` or ``http``.
+        """``(host to bind, host to advertise)`` for the server of ``tcp`` or ``http``, or for ``events`` over zmq.
 
         Without a configured bind host: loopback when discovery cannot reach beyond this machine anyway (``file``, ``mem``),
         so that a laptop works without a network, across changes of network, and exposes nothing to it; otherwise the
         address of this host towards the default route. An advertised host that is configured alone is taken as
         "we are behind this name or NAT", so the wildcard is bound. Raises `ConfigError` for an advertised wildcard.
         """
-        part = self.http if plane == "http" else self.tcp
+        part = self.http if plane == "http" else self.events if plane == "events" else self.tcp
         bind = part.host
         if bind is None:
             if part.advertise_host is not None:
@@ -781,6 +870,19 @@ def load_config(
     config = Config(**top, **parts, origins=origins)
     _check_together(config)
     return config
+
+
+def child_environment(config: Config, variables: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The environment for a process that is to have the same settings: ours, with what keywords and the command line said.
+
+    ``variables`` come on top.
+    """
+    found = dict(os.environ)
+    for s in _SETTINGS.values():
+        value = config.get(s.name)
+        if config.origins.get(s.name) in ("keyword", "command line") and value is not None:
+            found[s.env] = ",".join(value) if isinstance(value, tuple) else str(value)
+    return {**found, **(variables or {})}
 
 
 def _parse(s: Setting, raw: object, origin: str) -> Any:
@@ -1004,9 +1106,11 @@ __all__ = [
     "Config",
     "DiscoveryConfig",
     "EventsConfig",
+    "FrontendConfig",
     "HttpConfig",
     "NatsAuth",
     "NatsConfig",
+    "RouterConfig",
     "Row",
     "Setting",
     "SystemConfig",

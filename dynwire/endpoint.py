@@ -10,9 +10,10 @@ from .codec import check_codec
 from .handlers import prepare
 from .migration import Resume
 from .service import AsyncService, Service
-from .types import EndpointId, Handler
+from .types import EndpointId, Handler, Instance
 
 if TYPE_CHECKING:
+    from .kv_router.router import KvRouterSettings
     from .manager import AsyncNetworkManager, NetworkManager
 
 MAX_IN_FLIGHT = 65536
@@ -84,17 +85,28 @@ class AsyncEndpoint(_Endpoint):
         codec: str | None = None,
         migration_limit: int = 0,
         resume: Resume | None = None,
+        kv_settings: KvRouterSettings | None = None,
+        accepts: Callable[[Instance], bool] | None = None,
     ) -> AsyncClient:
         """A client of the endpoint that follows its instances from now on.
 
-        ``router`` is round_robin, random, p2c, least_loaded or direct (each call names its ``instance``). ``codec`` is for
+        ``router`` is round_robin, random, p2c, least_loaded, direct (each call names its ``instance``) or kv (by what the
+        workers have cached of a request's ``token_ids``; ``kv_settings`` are for it). ``codec`` is for
         payloads that are not bytes-like. With ``migration_limit`` > 0 a stream that loses its worker continues on another one,
         that many times at most: ``resume(payload, delivered)`` makes the request for the rest; the default knows requests
-        with ``token_ids`` (`dynwire.migration.resume_tokens`). Raises `ConfigError`.
+        with ``token_ids`` (`dynwire.migration.resume_tokens`). ``accepts`` says which instances the client sees at all, for
+        endpoints whose instances are not alike; it is asked at every change of discovery. Raises `ConfigError`.
         """
         manager = self._manager
         manager._check()
-        client = AsyncClient(manager, self.path, router, self._codec(codec), migration_limit, resume)
+        if router == "kv":
+            from .kv_router.client import KvAsyncClient
+
+            kv = KvAsyncClient(manager, self.path, self._codec(codec), migration_limit, resume, kv_settings, accepts)
+            await kv.start()
+            manager._remember_client(kv)
+            return kv
+        client = AsyncClient(manager, self.path, router, self._codec(codec), migration_limit, resume, accepts)
         await client._route()
         manager._remember_client(client)
         return client
@@ -130,10 +142,18 @@ class Endpoint(_Endpoint):
         codec: str | None = None,
         migration_limit: int = 0,
         resume: Resume | None = None,
+        kv_settings: KvRouterSettings | None = None,
     ) -> Client:
         """A client of the endpoint that follows its instances from now on; see `AsyncEndpoint.client`."""
         manager = self._manager
         manager._check()
+        if router == "kv":
+            from .kv_router.client import KvClient
+
+            kv = KvClient(manager, self.path, self._codec(codec), migration_limit, resume, kv_settings)
+            kv.start()
+            manager._remember_client(kv)
+            return kv
         client = Client(manager, self.path, router, self._codec(codec), migration_limit, resume)
         client._route()
         manager._remember_client(client)

@@ -49,20 +49,19 @@ def _http() -> Plane:
 
 def _nats() -> Plane:
     try:
-        import nats as _  # noqa: F401
-        import nkeys  # noqa: F401
+        import nats.aio.client  # noqa: F401
     except ImportError as error:
-        text = "the nats plane needs nats-py and nkeys: pip install 'dynwire[nats]'"
+        text = "the nats plane needs nats-py: pip install 'dynwire[nats]'"
         raise ConfigError(text, name="DYN_REQUEST_PLANE", value="nats", allowed="tcp, or nats with its packages") from error
-    from .planes import nats
+    from .planes import nats as plane
     from .planes.portal_faces import PortalClient
 
     return Plane(
         "nats",
-        nats.AsyncNatsServer,
-        nats.AsyncNatsClient,
-        lambda config, portal: PortalClient("nats", portal, lambda: nats.AsyncNatsClient(config)),
-        nats.queue_instance,
+        plane.AsyncNatsServer,
+        plane.AsyncNatsClient,
+        lambda config, portal: PortalClient("nats", portal, lambda: plane.AsyncNatsClient(config)),
+        plane.queue_instance,
     )
 
 
@@ -216,6 +215,16 @@ class AsyncNetworkManager(_Manager):
         runtime = await self._runtime()
         discovery = await runtime.discovery()
         return await discovery.list(None if path is None else str(_parsed(path)))
+
+    async def watch_instances(
+        self, callback: Callable[[tuple[Instance, ...]], object], path: str | EndpointId | None = None
+    ) -> Watch:
+        """Call ``callback`` with the instances of one endpoint, or with all, before this returns and whenever they change.
+
+        On the running loop, until the returned watch is cancelled (``cancel()``) or the manager closes.
+        """
+        runtime = await self._runtime()
+        return await runtime.watch(None if path is None else str(_parsed(path)), callback)
 
     async def close(self, grace: float = 0.0) -> None:
         """Drain all services for up to ``grace`` seconds, end the calls in flight with `ManagerClosed`, close everything.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
+import contextvars
 import os
 import threading
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from ._context import loop_mark
+from ._portal import Hub
 from .errors import ManagerClosed
 
 T = TypeVar("T")
@@ -55,6 +56,7 @@ class Portal:
         self._lock = threading.Lock()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._hub: Hub | None = None
         self._closed = False
         self._pid = os.getpid()
 
@@ -76,19 +78,35 @@ class Portal:
                 self._loop = self._start()
             return self._loop
 
+    @property
+    def hub(self) -> Hub:
+        """Where threads hand calls to the loop; starts it. Raises `ManagerClosed` after `close`."""
+        hub = self._hub
+        if hub is None or self._closed:
+            loop = self.loop
+            assert self._hub is not None, loop
+            return self._hub
+        return hub
+
     def _start(self) -> asyncio.AbstractEventLoop:
         loop = new_event_loop()
+        hub = self._hub = Hub(loop)
         started = threading.Event()
 
         def run() -> None:
             asyncio.set_event_loop(loop)
+            hub.open()
             loop.call_soon(started.set)
             try:
                 loop.run_forever()
-                _finish(loop)
-            finally:
-                asyncio.set_event_loop(None)
-                loop.close()
+            finally:  # also when somebody's SystemExit has ended the loop: whoever waits is told
+                hub.shut()
+                try:
+                    _finish(loop)
+                finally:
+                    hub.close()
+                    asyncio.set_event_loop(None)
+                    loop.close()
 
         self._thread = threading.Thread(target=run, name=self._name, daemon=True)
         self._thread.start()
@@ -102,28 +120,7 @@ class Portal:
         and leaves the loop running for everybody else. Raises `RuntimeError` in a thread that runs an event loop, this one
         included, and `ManagerClosed` after `close`.
         """
-        if self._thread is not None and threading.get_ident() == self._thread.ident:
-            raise RuntimeError(
-                "a blocking call of dynwire was made on its own background event loop (by an async handler or a callback); "
-                "it would wait for itself: use AsyncNetworkManager there, or a plain function as handler"
-            )
-        check_may_block()
-        loop = self.loop
-        coroutine = function(*args)
-        try:
-            future = asyncio.run_coroutine_threadsafe(coroutine, loop)
-        except RuntimeError as error:  # closed by another thread since we looked
-            coroutine.close()
-            raise ManagerClosed("the background event loop is closed") from error
-        try:
-            return future.result()
-        except concurrent.futures.CancelledError as error:
-            if self._closed:
-                raise ManagerClosed("the background event loop was closed during this call") from error
-            raise
-        finally:
-            # A finished future ignores this. One that is still running lost its waiter to Ctrl-C.
-            future.cancel()
+        return self.hub.run(function(*args), contextvars.copy_context())
 
     def call_soon(self, callback: Callable[..., object], *args: Any) -> None:
         """Run a callback on the loop, from any thread; does nothing when the loop is closed."""

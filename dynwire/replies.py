@@ -142,6 +142,12 @@ class AsyncReplyStream(_Reply):
             self._client._report(self._channel, error)
         self.close()
 
+    @property
+    def ready(self) -> bool:
+        """True if the next item (or the end) is here already: whoever has something to do with several at once may take it."""
+        items = self._items
+        return self._complete or (items is not None and items.ready)
+
     def __aiter__(self) -> AsyncIterator[Any]:
         if self._migration is not None:
             return self

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from .calls import Attempts, remaining_timeout
 from .config import Config
@@ -43,6 +43,12 @@ class Plane:
     """what stands for all instances of an endpoint where requests are queued for whichever takes them; None otherwise"""
 
 
+class Closing(Protocol):
+    """What is closed with the manager. Its ``close`` may be called twice."""
+
+    async def close(self) -> None: ...
+
+
 class Registration:
     """One endpoint that this process serves: the common part of `Service` and `AsyncService`."""
 
@@ -67,6 +73,7 @@ class LoopRuntime:
         self._server: AsyncRequestPlaneServer | None = None
         self._clients: dict[str, AsyncRequestPlaneClient] = {}
         self._handed_out: list[AsyncRequestPlaneClient] = []
+        self._further: list[Closing] = []
 
     def _check_open(self) -> None:
         if self.closed:
@@ -81,7 +88,7 @@ class LoopRuntime:
             self._check_open()
             if self._discovery is None:
                 settings = self.config.discovery
-                discovery = open_discovery(settings.backend, file_dir=settings.file_dir, ttl=settings.ttl)
+                discovery = open_discovery(settings.backend, file_dir=settings.file_dir, ttl=settings.ttl, nats=self.config.nats)
                 await discovery.start()
                 self._discovery = discovery
             return self._discovery
@@ -102,6 +109,11 @@ class LoopRuntime:
         self._handed_out.append(client)
         return client
 
+    def close_later(self, thing: Closing) -> None:
+        """Close this too when the manager is closed, before everything else."""
+        self._check_open()
+        self._further.append(thing)
+
     def server(self) -> AsyncRequestPlaneServer:
         """The plane's server, made at first use and started by the first `serve`."""
         self._check_open()
@@ -109,7 +121,7 @@ class LoopRuntime:
             self._server = self.plane.server(self.config)
         return self._server
 
-    async def watch(self, path: str, callback: Callable[[tuple[Instance, ...]], object]) -> Watch:
+    async def watch(self, path: str | None, callback: Callable[[tuple[Instance, ...]], object]) -> Watch:
         """Call ``callback`` with the instances of ``path``, before this returns and whenever they change."""
         discovery = await self.discovery()
         callback(await discovery.list(path))
@@ -123,11 +135,6 @@ class LoopRuntime:
         async with self._lock:
             await server.start()
         server.add_endpoint(path, handler)
-        try:
-            await server.endpoint_ready(path)
-        except BaseException:  # cancellation included, as below
-            await server.remove_endpoint(path)
-            raise
         instance = Instance(
             id=secrets.randbits(64),
             namespace=endpoint.namespace,
@@ -140,6 +147,7 @@ class LoopRuntime:
         )
         registration = Registration(path, instance)
         try:
+            await server.endpoint_added(path)
             await discovery.register(instance)
             self._check_open()
         except BaseException:  # cancellation included: an endpoint without a record would be served for ever
@@ -192,6 +200,9 @@ class LoopRuntime:
         await self._close_parts()
 
     async def _close_parts(self) -> None:
+        for thing in self._further:
+            await thing.close()
+        self._further.clear()
         if self._server is not None:
             await self._server.close()
         for client in (*self._clients.values(), *self._handed_out):
@@ -217,6 +228,7 @@ class Route:
     """The instances of one endpoint as one client sees them. Any thread, apart from ``watch``, which is its loop's."""
 
     __slots__ = (
+        "_accepts",
         "_aside",
         "_foreign",
         "_listeners",
@@ -238,8 +250,10 @@ class Route:
         router: str,
         plane: str,
         make_channel: Callable[[Instance], Any],
+        accepts: Callable[[Instance], bool] | None = None,
         queue: Instance | None = None,
     ) -> None:
+        self._accepts = accepts
         self.path = path
         self.plane = plane
         self.table = InstanceTable(path, router, make_channel)
@@ -263,6 +277,8 @@ class Route:
 
     def update(self, instances: tuple[Instance, ...]) -> None:
         """Take over what discovery says. Instances on another plane are only remembered, for the error that names them."""
+        if self._accepts is not None:
+            instances = tuple(filter(self._accepts, instances))
         self.table.update([i for i in instances if i.plane == self.plane])
         self._foreign = tuple(i for i in instances if i.plane != self.plane)
         self._settle()

@@ -252,6 +252,7 @@ def end_children(before: Snapshot) -> None:
 
 
 REPORTS = pytest.StashKey[dict[str, pytest.TestReport]]()
+BEFORE = pytest.StashKey[Snapshot]()
 
 
 @pytest.hookimpl(wrapper=True)
@@ -282,7 +283,7 @@ def leak_guard(request: pytest.FixtureRequest, process_wide_state: Snapshot) -> 
     node: pytest.Item = request.node
     rss = node.get_closest_marker("rss")
     rss_before = resident_kib() if rss else 0
-    before = Snapshot()
+    before = node.stash[BEFORE] = Snapshot()
     with TaskWatch() as watch:
         yield
     reports = node.stash.get(REPORTS, {})
@@ -398,6 +399,20 @@ def discovery_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.mkdir()
     monkeypatch.setenv("DYN_FILE_KV", str(path))
     return path
+
+
+@pytest.fixture(scope="session")
+def nats_server(request: pytest.FixtureRequest) -> Any:
+    """The plugin's, which may be asked for in the middle of a test (by parameters): no leak of that test then."""
+    before = Snapshot()
+    server = request.getfixturevalue("nats_server")
+    after = Snapshot()
+    for item in request.session.items:
+        if BEFORE in item.stash and not item.stash.get(REPORTS, {}).get("teardown"):
+            known = item.stash[BEFORE]
+            known.descriptors |= {fd: name for fd, name in after.descriptors.items() if before.descriptors.get(fd) != name}
+            known.children |= {pid: text for pid, text in after.children.items() if pid not in before.children}
+    return server
 
 
 LoopFactory = Callable[[], asyncio.AbstractEventLoop]

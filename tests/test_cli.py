@@ -81,14 +81,14 @@ class Shell:
         self.processes.append(process)
         return process
 
-    def run(self, *arguments: str, input: bytes | None = None) -> subprocess.CompletedProcess[bytes]:
+    def run(self, *arguments: str, input: bytes | None = None, timeout: float = HANG_S) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(
             [sys.executable, "-m", "dynwire", *arguments],
             cwd=self.directory,
             env=self.environment,
             input=b"" if input is None else input,
             capture_output=True,
-            timeout=HANG_S,
+            timeout=timeout,
         )
 
     def serve(self, **handlers: str) -> tuple[subprocess.Popen[str], dict[str, Any]]:
@@ -128,7 +128,7 @@ def test_version_and_help(shell: Shell) -> None:
     assert done.returncode == 0 and all(name in done.stdout for name in (b"serve", b"call", b"ls", b"config", b"bench", b"demo"))
 
 
-@pytest.mark.parametrize("command", ["serve", "call", "ls", "config", "bench", "demo"])
+@pytest.mark.parametrize("command", ["serve", "call", "ls", "config", "bench", "demo", "load"])
 def test_every_command_has_help(shell: Shell, command: str) -> None:
     done = shell.run(command, "--help")
     assert done.returncode == 0 and done.stdout.startswith(b"Usage: dynwire")
@@ -343,10 +343,26 @@ def test_reader_that_goes_away_ends_a_stream_quietly(shell: Shell) -> None:
 
 def test_demo(shell: Shell) -> None:
     shell.environment["TMPDIR"] = str(shell.directory)
-    done = shell.run("demo")
+    done = shell.run("demo", "--only", "calls")
     text = done.stdout.decode()
     assert done.returncode == 0, text + done.stderr.decode()
     assert "All as promised" in text and "PeerLost" in text and "FAILED  " not in text.replace("OK  FAILED", "")
+    assert not list(shell.directory.glob("dynwire-demo-*"))
+
+
+@pytest.mark.hard_timeout(120)
+@pytest.mark.parametrize("plane", ["tcp", "http", "nats"])
+def test_demo_of_serving(shell: Shell, plane: str) -> None:
+    shell.environment["TMPDIR"] = str(shell.directory)
+    done = shell.run("demo", "--only", "serving", "--plane", plane, "--json", timeout=100)
+    report = json.loads(done.stdout)
+    assert done.returncode == 0 and report["ok"] and report["plane"] == plane, report
+    checks = report["serving"]["checks"]
+    assert len(checks) == 6 and all(check["ok"] for check in checks)
+    assert [(row["phase"], row["failed"]) for row in report["serving"]["rows"]] == [("calm", 0), ("crash", 0), ("after", 0)]
+    assert b"curl" in done.stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(report["serving"]["killed_pid"], 0)
     assert not list(shell.directory.glob("dynwire-demo-*"))
 
 
@@ -357,7 +373,7 @@ def test_the_error_of_a_worker_that_cannot_start_is_shown(shell: Shell) -> None:
 
 
 def test_demo_json(shell: Shell) -> None:
-    done = shell.run("demo", "--json")
+    done = shell.run("demo", "--only", "calls", "--json")
     report = json.loads(done.stdout)
     assert done.returncode == 0 and report["ok"] and all(check["ok"] for check in report["checks"])
     assert {row["phase"] for row in report["rows"]} == {"calm", "crash", "after"}
@@ -369,7 +385,7 @@ def test_demo_json(shell: Shell) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_stopping_the_demo_leaves_nothing_behind(shell: Shell, number: signal.Signals, code: int) -> None:
     shell.environment["TMPDIR"] = str(shell.directory)
-    demo = shell.start("demo")
+    demo = shell.start("demo", "--only", "calls")
     assert demo.stdout is not None
     pids = []
     for line in demo.stdout:

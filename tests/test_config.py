@@ -18,6 +18,7 @@ from dynwire.config import (
     Config,
     TcpConfig,
     advertised_host,
+    child_environment,
     describe,
     detect_host,
     is_wildcard,
@@ -313,6 +314,21 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 # NATS, secrets --------------------------------------------------------------------------------------------------------------
 
 
+def test_the_connection_to_nats() -> None:
+    default = load().nats
+    assert (default.connect_timeout, default.wait, default.ping_interval, default.port) == (3.0, True, 3.0, "auto")
+    assert (default.tls_ca, default.tls_cert, default.tls_key, default.tls_handshake_first) == (None, None, None, False)
+    given = load({"DYNWIRE_NATS_CONNECT_TIMEOUT": "1.5", "DYNWIRE_NATS_WAIT": "no", "DYNWIRE_NATS_PORT": "Plain"}).nats
+    assert (given.connect_timeout, given.wait, given.port) == (1.5, False, "plain")
+    for name, value in (
+        ("DYNWIRE_NATS_PORT", "slow"),
+        ("DYNWIRE_NATS_PING_INTERVAL", "0"),
+        ("DYNWIRE_NATS_CONNECT_TIMEOUT", "inf"),
+    ):
+        with pytest.raises(ConfigError, match=name):
+            load({name: value})
+
+
 def test_first_complete_nats_authentication_wins(caplog: pytest.LogCaptureFixture) -> None:
     everything = {
         "NATS_AUTH_USERNAME": "u",
@@ -432,3 +448,14 @@ def test_import_reads_no_environment() -> None:
         [sys.executable, "-c", code], env={**os.environ, "DYN_TCP_RPC_PORT": "bad"}, capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "77"
+
+
+def test_a_child_process_gets_the_same_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DYN_TCP_POOL_SIZE", "3")
+    monkeypatch.setenv("UNRELATED", "x")
+    config = load_config({"nats_servers": ["nats://a:1", "nats://b:2"]}, cli={"request_plane": "http", "http.port": 0})
+    found = child_environment(config, {"DYN_TCP_RPC_PORT": "7", "DYN_HTTP_RPC_PORT": "9"})
+    assert found["UNRELATED"] == "x" and found["DYN_TCP_RPC_PORT"] == "7"
+    there = load_config(environ={name: value for name, value in found.items() if name.startswith(("DYN", "NATS"))})
+    assert (there.tcp.pool_size, there.nats.servers, there.request_plane) == (3, ("nats://a:1", "nats://b:2"), "http")
+    assert there.http.port == 9 and there.tcp.connect_timeout == config.tcp.connect_timeout

@@ -1,4 +1,4 @@
-"""Discovery backends ``mem`` and ``file``: one body for both, then what only files can do wrong."""
+"""Discovery backends: one body for all, then what only files can do wrong. What only NATS can: ``nats/``."""
 
 # The files here are tiny and local, and that the loop stands still while a test acts is sometimes the point:
 # ruff: noqa: ASYNC221, ASYNC222, ASYNC230, ASYNC240
@@ -26,10 +26,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dynwire.config import NatsConfig
 from dynwire.discovery import Discovery, FileDiscovery, MemoryDiscovery, open_discovery
 from dynwire.discovery import file as file_module
-from dynwire.discovery.file import MAX_RECORD_BYTES, ProcessId, Record, has_ended, record_name, this_process
+from dynwire.discovery.file import has_ended, record_name, this_process
 from dynwire.discovery.memory import MemoryRegistry
+from dynwire.discovery.nats import NatsDiscovery
+from dynwire.discovery.record import MAX_RECORD_BYTES, BadRecord, ProcessId, Record, decode_record, record_key
 from dynwire.errors import ConfigError, ConnectError, DynwireError, ForkedManager, ManagerClosed, MessageTooLarge
 from dynwire.types import Instance
 
@@ -76,9 +79,12 @@ async def eventually(condition: Callable[[], bool]) -> None:
 Opener = Callable[[], Discovery]
 
 
-@pytest.fixture(params=["mem", "file"])
+@pytest.fixture(params=["mem", "file", "nats"])
 def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Opener:
     """Makes discovery objects that see each other's registrations."""
+    if request.param == "nats":
+        server, prefix = request.getfixturevalue("nats_server"), request.getfixturevalue("nats_prefix")
+        return lambda: NatsDiscovery(NatsConfig(servers=(server.url,), prefix=prefix), ttl=10.0)
     if request.param == "mem":
         registry = MemoryRegistry()
         return lambda: MemoryDiscovery(registry)
@@ -94,6 +100,7 @@ async def opened(*discoveries: Discovery) -> AsyncIterator[None]:
     finally:
         for discovery in discoveries:
             await discovery.close()
+        await asyncio.sleep(0)  # what was cancelled ends in the next turn
         assert len(asyncio.all_tasks()) == 1
         loop: Any = asyncio.get_running_loop()
         left = [h for h in loop._scheduled if not h.cancelled() and "dynwire" in repr(h)]
@@ -107,7 +114,7 @@ def run(main: Awaitable[None]) -> None:
     asyncio.run(wrapper())
 
 
-# -- both backends
+# -- all backends
 
 
 def test_register_watch_list_deregister(opener: Opener) -> None:
@@ -276,9 +283,9 @@ def test_instances_that_cannot_be_stored(opener: Opener, wrong: Instance) -> Non
 def test_open_discovery(tmp_path: Path) -> None:
     assert isinstance(open_discovery("mem", file_dir="", ttl=1), MemoryDiscovery)
     assert isinstance(open_discovery("file", file_dir=str(tmp_path), ttl=1), FileDiscovery)
-    for name in ("etcd", "nats"):
-        with pytest.raises(ConfigError, match=f"{name}.*not in this release; available: mem, file"):
-            open_discovery(name, file_dir="", ttl=1)
+    assert isinstance(open_discovery("nats", file_dir="", ttl=1), NatsDiscovery)
+    with pytest.raises(ConfigError, match=r"etcd.*not in this release; available: mem, file, nats"):
+        open_discovery("etcd", file_dir="", ttl=1)
     with pytest.raises(ConfigError, match="'zk' does not exist") as caught:
         open_discovery("zk", file_dir="", ttl=1)
     assert caught.value.name == "DYN_DISCOVERY_BACKEND"
@@ -606,7 +613,7 @@ def test_junk_is_skipped_with_one_warning_each(tmp_path: Path, caplog: pytest.Lo
 @settings(max_examples=300, deadline=None)
 @given(st.one_of(st.binary(max_size=200), st.integers(0, 1 << 32)))
 def test_any_contents_give_a_record_or_a_reason(content: bytes | int) -> None:
-    name = record_name(instance(1))
+    name = record_key(instance(1))
     raw = msgspec.json.encode(Record(instance(1, metadata={"k": [1, "é", None]}), 10.0, this_process()))
     if isinstance(content, int):
         rng = random.Random(content)
@@ -615,8 +622,8 @@ def test_any_contents_give_a_record_or_a_reason(content: bytes | int) -> None:
             mutable[rng.randrange(len(mutable))] = rng.randrange(256)
         content = bytes(mutable[: rng.randrange(1, len(mutable) + 1)] if rng.random() < 0.3 else mutable)
     try:
-        record = file_module._decode(name, content)
-    except file_module._BadRecord:
+        record = decode_record(name, content)
+    except BadRecord:
         return
     assert record.instance.id == 1
     assert 0 < record.effective_ttl <= 3600

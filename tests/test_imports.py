@@ -19,19 +19,19 @@ LAYERS = (
     # leaves; Context is a value type of the API like those of types.py, and may wait, so it knows asyncio and threading
     ("errors", "types", "config", "observability", "_context", "_version"),
     # compiled codecs
-    ("_bytes", "_buffers", "_link", "_frames", "_hpack", "_http2", "_http2lib", "_natsproto", "_kvhash", "_kvtree"),
+    ("_bytes", "_buffers", "_link", "_frames", "_hpack", "_http2", "_http2lib", "_natsproto", "_kvhash"),
     # protocols without I/O; codec turns objects into payloads
-    ("wire", "codec", "_httpwire", "_natswire", "_natsqueue"),
+    ("wire", "codec", "_httpwire", "_natswire", "_natsqueue", "_kvtree"),
     # what moves bytes and waits, and what every plane needs to run a call
-    ("streams", "_awaitable", "_tcpio", "_httpio", "_natsport", "nats", "portal", "calls", "handlers"),
+    ("streams", "_awaitable", "_tcpio", "_httpio", "_natsport", "_natsio", "nats", "_portal", "portal", "calls", "handlers"),
     ("planes", "event_plane", "discovery"),
     ("manager", "runtime", "endpoint", "client", "service", "routing", "migration", "replies", "kv_router"),
     ("workers", "frontend", "mocker", "vllm"),
-    ("cli", "__main__", "testing"),
+    ("loadgen", "cli", "__main__", "testing"),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 
-SANS_IO = (*LAYERS[1], "wire", "_httpwire", "_natswire", "_natsqueue")
+SANS_IO = (*LAYERS[1], "wire", "_httpwire", "_natswire", "_natsqueue", "_kvtree")
 """know no socket, loop, thread, clock or environment; time comes in as an argument"""
 
 IO_MODULES = {
@@ -51,7 +51,7 @@ IO_MODULES = {
 IO_HEADERS = re.compile(r"(sys/(socket|epoll|uio|time|select)|netinet/.*|poll|pthread|time|unistd|errno)\.h")
 IO_CIMPORTS = re.compile(r"(posix|libc\.time|libc\.errno|cpython\.(time|pythread))\b")
 
-PLANE_INTERFACES = ("base", "sockets", "portal_faces")
+PLANE_INTERFACES = ("base", "sockets", "serving", "portal_faces")
 """modules of dynwire.planes that are no concrete plane"""
 
 ENVIRONMENT = {"environ", "environb", "getenv", "getenvb", "putenv", "unsetenv"}

@@ -188,12 +188,19 @@ def test_managers_find_the_nats_server(project: pytest.Pytester) -> None:
             assert "nats_servers" not in dynwire_manager.settings(plane="nats", NATS_SERVER="nats://elsewhere:1")
             assert dynwire_manager.environment(plane="nats")["NATS_SERVER"] == nats_server.url
 
+        def test_calls(dynwire_manager):
+            worker, caller = dynwire_manager(plane="nats", discovery="nats"), dynwire_manager(plane="nats", discovery="nats")
+            worker.endpoint("demo.worker.echo").serve(lambda request: request)
+            client = caller.endpoint("demo.worker.echo").client()
+            client.wait_for_instances(1, timeout=10.0)
+            assert client.call({"a": 1}, timeout=10.0) == {"a": 1}
+
         def test_variables_count(dynwire_manager, monkeypatch):
             monkeypatch.setenv("NATS_SERVER", "nats://elsewhere:1")
             assert "nats_servers" not in dynwire_manager.settings(plane="nats")
         """
     )
-    run(project).assert_outcomes(passed=2)
+    run(project, "-W", "error").assert_outcomes(passed=3)
 
 
 def test_skip_without_the_program(project: pytest.Pytester) -> None:

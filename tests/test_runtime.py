@@ -163,7 +163,7 @@ def test_nobody() -> None:
 
 
 def queued(router: str = "round_robin", count: int = 0) -> Route:
-    route = Route("a.b.c", router, "memory", Channel, Instance(0, "a", "b", "c", "memory", "queue"))
+    route = Route("a.b.c", router, "memory", Channel, queue=Instance(0, "a", "b", "c", "memory", "queue"))
     route.update(tuple(instance(i + 1) for i in range(count)))
     return route
 

@@ -6,7 +6,8 @@ A peer is a module with two roles, each run in a process of its own::
     python PEER.py client SETUP     prints {"ready": true}, then one JSON result for each JSON command line on stdin
 
 SETUP is one JSON object: ``loop`` (uvloop | asyncio), ``port`` and ``server_pid`` (client only), ``directory`` (for discovery
-files), ``options``. Everything else a process prints goes to stderr.
+files), ``options``, ``nats`` and ``broker_pid`` (URL and process of the nats-server, where there is one). Everything else a
+process prints goes to stderr.
 
 The measured loops are the same for every peer: N workers, each making a fixed number of calls one after the other. That number
 is chosen in a warm-up so that the run takes about the wanted time. Throughput is calls by wall time from the first call to the
@@ -181,9 +182,11 @@ class Meter:
 
     def __init__(self, setup: dict[str, Any]) -> None:
         self.server_pid = setup["server_pid"]
+        self.broker_pid = setup.get("broker_pid")
 
     def start(self) -> None:
         self.server0 = process_cpu_s(self.server_pid)
+        self.broker0 = process_cpu_s(self.broker_pid) if self.broker_pid else 0.0
         self.client0 = own_cpu_s()
         self.faults0 = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
         self.started = now_ns()
@@ -192,6 +195,7 @@ class Meter:
         self.seconds = (now_ns() - self.started) / 1e9
         self.cpu_client = own_cpu_s() - self.client0
         self.cpu_server = process_cpu_s(self.server_pid) - self.server0
+        self.cpu_broker = process_cpu_s(self.broker_pid) - self.broker0 if self.broker_pid else None
 
     def result(self, calls: int, units: int, latencies_ns: list[int]) -> dict[str, Any]:
         ordered = sorted(latencies_ns)
@@ -209,6 +213,7 @@ class Meter:
             "samples": len(ordered),
             "cpu_client": self.cpu_client,
             "cpu_server": self.cpu_server,
+            "cpu_broker": self.cpu_broker,
         }
 
 

@@ -1,4 +1,4 @@
-"""dynwire on its tcp plane.
+"""dynwire on its tcp plane, or on its nats plane where there is a server.
 
 ``face`` async: `AsyncNetworkManager` on both sides; sync: `NetworkManager` in the client, async server; blocking:
 `NetworkManager` on both sides.
@@ -71,8 +71,9 @@ PLAIN_HANDLERS = {"echo": plain_echo, "sink": plain_sink, "bulk": plain_bulk}
 
 
 def settings(setup):
+    plane = {"request_plane": "nats", "nats_servers": [setup["nats"]]} if "nats" in setup else {"request_plane": "tcp"}
     return {
-        "request_plane": "tcp",
+        **plane,
         "discovery": "file",
         "discovery_file_dir": setup["directory"],
         **setup["options"].get("settings", {}),

@@ -72,6 +72,7 @@ cdef class ItemReader(Waiter):
     cdef double first_item_timeout
     cdef double between_items_timeout
     cdef Link source       # its connection, also after the last item has arrived
+    cdef object pop(self, long *cost)
     cdef int take(self, PyObject **result) except? -1
     cdef int finish(self, object error) except -1
     cdef object closed_error(self)

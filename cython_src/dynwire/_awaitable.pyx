@@ -347,6 +347,8 @@ cdef class Waiter(StreamBase):
         if self.conn is not None:
             if when < self.timer or self.timer == INFINITY:
                 self.conn.arm(self, when)
+                if when != INFINITY and not self.conn.in_dispatch:
+                    self.conn.wrote()  # a driver looks at its timer when it has read or written
             else:
                 self.timer = when  # the sweep will come early and find nothing to do
         return 0
@@ -768,16 +770,22 @@ cdef class ItemReader(Waiter):
         self.waiting = False
         _throw(args)
 
-    cdef int take(self, PyObject **result) except? -1:
+    cdef object pop(self, long *cost):
+        """The next item, which has arrived, and what it costs in credit: the caller sees to ``source.consumed``."""
         cdef Py_ssize_t head = self.head
         cdef object item = self.items[head]
-        cdef long cost = self.costs[head]
+        cost[0] = self.costs[head]
         self.items[head] = None
         self.head = head + 1
         if self.head == len(self.items):
             self.items.clear()
             self.head = 0
         self.delivered += 1
+        return item
+
+    cdef int take(self, PyObject **result) except? -1:
+        cdef long cost = 0
+        cdef object item = self.pop(&cost)
         if self.source is not None:
             self.source.consumed(self, cost)
         Py_INCREF(item)
@@ -852,6 +860,11 @@ cdef class ItemStream:
     def delivered(self):
         """Items handed out so far."""
         return self.reader.delivered
+
+    @property
+    def ready(self):
+        """True if `__anext__` has something to return or to raise at once."""
+        return self.reader.head < len(self.reader.items) or self.reader.finished
 
     def __aiter__(self):
         return self

@@ -22,6 +22,7 @@ cdef class AsyncConnection(Machine):
     cdef bint spinning
     cdef int spin_misses
     cdef TlsLayer tls
+    cdef size_t read_bytes           # (server) most that is read at a time
 
     def __init__(self, bint is_client, loop, sock, peer, *, spin_us=0.0, tls=None, tls_hostname=None, **limits):
         super().__init__(is_client, **limits)
@@ -35,6 +36,7 @@ cdef class AsyncConnection(Machine):
         self.last_rx = self.now = dw_now()
         self.flush_callback = self._flush_soon
         self.spin_s = spin_us * 1e-6
+        self.read_bytes = <size_t>-1 if is_client else FIRST_READ
 
     def open(self):
         """Start to read, and write what is queued."""
@@ -53,6 +55,8 @@ cdef class AsyncConnection(Machine):
         cdef int places
         cdef ssize_t n
         cdef int total = 0
+        cdef double began = 0.0
+        cdef double before, after
         if self.dead:
             return 0
         self.in_dispatch = True
@@ -61,6 +65,7 @@ cdef class AsyncConnection(Machine):
             while (rounds > 0 or self.tls is not None) and self.reading and not self.dead:
                 rounds -= 1
                 places = self.recv_targets(targets)
+                targets[0].len = min(targets[0].len, self.read_bytes)
                 if self.tls is not None:
                     # A record may end anywhere: what has been read already has to be taken.
                     n = self.tls.recv(self.fd, &targets[0], rounds >= 0)
@@ -70,9 +75,21 @@ cdef class AsyncConnection(Machine):
                     n = dw_recv(self.fd, targets, places, MSG_DONTWAIT)
                 if n > 0:
                     total += n
-                    self.received(n, dw_now())
+                    before = dw_now()
+                    self.received(n, before)
                     if self.to_wake:
                         wake_readers(self)
+                    if not self.is_client:
+                        # One connection may not keep the others waiting, with whatever it sends.
+                        after = dw_now()
+                        if began == 0.0:
+                            began = before
+                        if after > began + TURN_S:
+                            rounds = 0
+                        if after > before + TURN_S:
+                            self.read_bytes = max(min(self.read_bytes, <size_t>n) // 2, <size_t>LEAST_READ)
+                        elif <size_t>n == self.read_bytes and after < before + TURN_S / 4:
+                            self.read_bytes *= 2
                     if <size_t>n < targets[0].len and self.tls is None:
                         break
                     if places == 2 and <size_t>n == targets[0].len and not self.more_expected():
@@ -418,7 +435,7 @@ cdef class AsyncClientConnection(AsyncConnection):
         channel.in_flight += 1
         if self.in_dispatch:
             self.wrote()
-        elif self.live == 1 and not self.writer_blocked and not self.flush_scheduled:
+        elif self.live == 1 and not calls_follow() and not self.writer_blocked and not self.flush_scheduled:
             self.flush()  # nothing else is in flight, so there is nothing to wait for
             if self.next_wakeup() < self.armed_at:
                 self.set_timer()

@@ -4,27 +4,6 @@
 # done it hands the reading over to one that still waits. One thread at a time writes, and takes along what others have queued.
 # All state is protected by the GIL, which is released in system calls only.
 
-cdef extern from "<semaphore.h>" nogil:
-    ctypedef struct sem_t:
-        pass
-    int sem_init(sem_t *sem, int shared, unsigned int value)
-    int sem_destroy(sem_t *sem)
-    int sem_post(sem_t *sem)
-    int sem_trywait(sem_t *sem)
-
-cdef extern from *:
-    """
-    #include <semaphore.h>
-    #include <time.h>
-    static inline int dw_sem_wait(sem_t *sem, double seconds) {
-        struct timespec t; clock_gettime(CLOCK_MONOTONIC, &t);
-        double until = (double)t.tv_nsec * 1e-9 + seconds;
-        t.tv_sec += (time_t)until; t.tv_nsec = (long)((until - (double)(time_t)until) * 1e9);
-        return sem_clockwait(sem, CLOCK_MONOTONIC, &t);
-    }
-    """
-    int dw_sem_wait(sem_t *sem, double seconds) nogil
-
 cdef extern from *:
     """
     static inline int dw_load(int *p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
@@ -40,6 +19,7 @@ cdef enum:
     SLICE_MS = 100                # the longest that a thread sleeps in a system call before it looks at the clock again
 
 cdef double STALE_S = 0.02        # a connection unused for longer is looked at before it is used: the peer may have closed it
+cdef double STUCK_S = 5.0         # one whose peer has taken nothing for longer is replaced
 
 
 cdef class Parker:
@@ -92,6 +72,7 @@ cdef class BlockingConnection(Machine):
     cdef double spin_s
     cdef int spin_misses
     cdef double idle_since
+    cdef double blocked_at           # since when the socket has taken nothing; infinity while it takes everything
     cdef bint is_idle                # in the pool's list
     cdef TlsLayer tls
     cdef readonly object owner       # pool, until the connection is gone
@@ -106,6 +87,7 @@ cdef class BlockingConnection(Machine):
         self.peer = peer
         self.parkers = []
         self.spin_s = options.spin_s
+        self.blocked_at = INFINITY
         self.owner = owner
         self.last_rx = self.now = dw_now()
 
@@ -164,12 +146,14 @@ cdef class BlockingConnection(Machine):
                 if written < 0:
                     return self.send_failed(errno)
                 if written == 0:
+                    self.blocked_at = min(self.blocked_at, dw_now())
                     if call is None or settled(call):
                         return 0
                     self.writer_blocked = True
                     self.now = dw_now()
                     self.wait_writable()
                     continue
+                self.blocked_at = INFINITY
                 if self.tls.shaking or not self.has_output():
                     return 0
                 n = self.gather(chunks, 262144)
@@ -196,6 +180,7 @@ cdef class BlockingConnection(Machine):
                 self.handed_bytes = 0
                 if written >= 0:
                     self.sent(written)
+                    self.blocked_at = INFINITY
                     if <size_t>written == total:
                         continue
                 else:
@@ -205,6 +190,7 @@ cdef class BlockingConnection(Machine):
                         continue
                     if code != EAGAIN:
                         return self.send_failed(code)
+                self.blocked_at = min(self.blocked_at, dw_now())
                 if call is None or settled(call):
                     return 0
                 self.writer_blocked = True
@@ -637,7 +623,8 @@ cdef class BlockingPool:
                     conn.look()
                 elif conn.has_output():
                     conn.write_out(None)  # credit, which the last call's end has left behind
-                if conn.dead or conn.draining or conn.has_output():
+                # What still waits to be written is in the hands of another thread, or the peer is busy for a moment.
+                if conn.dead or conn.draining or (conn.has_output() and now - conn.blocked_at > STUCK_S):
                     self.discard(conn)
                     continue
                 return conn

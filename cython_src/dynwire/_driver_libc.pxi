@@ -13,7 +13,7 @@ from libc.stdint cimport uint8_t, uint16_t
 from libc.string cimport memcpy
 
 from ._awaitable cimport CANCELLED, PENDING, RESULT
-from ._link cimport MAX_CHUNKS, MAX_TARGETS, META_LIMIT, dw_chunk
+from ._link cimport MAX_CHUNKS, MAX_TARGETS, META_LIMIT, calls_follow, dw_chunk
 
 from .errors import ForkedManager, MessageTooLarge, PlaneMismatch, ProtocolError, Unauthenticated
 
@@ -77,11 +77,16 @@ cdef enum:
     STOP_READING_BYTES = 1048576  # backlog from which nothing more is read from a peer that does not read its replies
     LAST_EARLY_FLUSH = 65536      # and the last one
     EARLY_FLUSH = 4096            # first of the geometric thresholds (x4 each) at which a read callback writes before its end
+    FIRST_READ = 16384            # bytes that a server reads at a time from a new connection; what is dealt with quickly grows
+    LEAST_READ = 4096             # and what takes long shrinks, down to this
     GOAWAY_NORMAL = 0
     GOAWAY_PROTOCOL = 1
     GOAWAY_UNAUTHENTICATED = 2
     GOAWAY_OVERLOADED = 3
     GOAWAY_VERSION = 4
+
+# Time that one connection may take of a turn of a server's loop, if what it has read allows that to be seen in time.
+cdef double TURN_S = 0.0005
 
 cdef enum:
     TLS_READ = 65536              # ciphertext read at once

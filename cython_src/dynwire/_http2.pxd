@@ -59,7 +59,8 @@ cdef class Http2Stream:
     cdef int64_t unannounced     # bytes consumed and not yet granted again
     cdef int64_t expected        # content-length; -1: not given
     cdef int64_t arrived         # bytes of the body
-    cdef double progress         # when bytes of its queue were framed last
+    cdef double progress         # when bytes of its queue were framed last; before it had any: when it was opened
+    cdef uint32_t answered       # server: number of the read during or after which the response's head was sent, 0: not yet
     cdef list pieces             # queued bytes
     cdef list trailers           # header block that waits for the queued bytes
 
@@ -100,10 +101,9 @@ cdef class Http2Engine:
     cdef readonly uint32_t continuation_frames
     cdef readonly uint32_t settings_entries
     cdef readonly uint32_t control_backlog
-    cdef readonly int64_t tiny_data
     cdef readonly double handshake_s
     cdef readonly double stall_s
-    cdef dw_bucket resets                # streams reset by the peer, or by us because of what the peer did
+    cdef dw_bucket resets                # streams reset by the peer early, or by us because of what the peer did
     cdef dw_bucket glitches              # what costs us little but has no use
     cdef dw_bucket empty                 # DATA frames with nothing in them
     cdef dict streams                    # open streams by id
@@ -165,10 +165,10 @@ cdef class NativeEngine(Http2Engine):
     cdef uint32_t last_peer_id   # server: highest id that a request had
     cdef uint32_t goaway_last    # server: newer streams are ignored
     cdef Http2Stream hot         # the stream that was looked up last
+    cdef uint32_t reads          # calls of `received` that brought something
     cdef int64_t recv_window     # connection: what the peer may still send
     cdef int64_t unannounced
     cdef int64_t unread          # body bytes at the owner
-    cdef int64_t tiny_spent
     cdef int64_t credit          # control frames that are free of charge because of what we have sent
     cdef uint64_t granted, flow_received
     cdef list valid_request      # the last header block that passed, see _check_request
@@ -230,6 +230,7 @@ cdef class NativeEngine(Http2Engine):
     cdef int _goaway(self, const unsigned char *p, uint32_t length) except -1
     cdef int _glitch(self, str text) except -1
     cdef int _charge(self, str text) except -1
+    cdef bint _rapid(self, Http2Stream s)
     cdef int _situation(self, uint32_t sid)
     cdef int _verdict(self, int situation, int kind, uint32_t sid, Http2Stream s) except -1
     cdef int _stream_error(self, uint32_t sid, Http2Stream s, uint32_t code) except -1

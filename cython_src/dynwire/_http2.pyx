@@ -132,14 +132,15 @@ cdef class Http2Engine:
     """One HTTP/2 connection without I/O. Abstract.
 
     Limits are keyword arguments; the consequences of each are those of HTTP2.md section 3. ``resets`` and ``glitches`` are
-    the bursts of two token buckets, of which 33 and 330 of 1,000 and 10,000 come back every second. ``handshake_s``: seconds to
-    the preface, and to the acknowledgement of SETTINGS; ``stall_s``: without progress of a queue.
+    the bursts of two token buckets, of which 33 and 330 of 1,000 and 10,000 come back every second; a connection begins with
+    the share ``leniency`` of them. ``handshake_s``: seconds to the preface, and to the acknowledgement of SETTINGS; ``stall_s``:
+    without progress of a queue.
     """
 
     def __init__(self, Http2Owner owner not None, bint is_client, *, max_frame_size=1048576, max_concurrent_streams=1000,
                  stream_window=1048576, connection_window=4194304, max_header_list=65536, max_header_fields=100,
                  continuation_frames=8, settings_entries=32, control_backlog=1000, empty_data=100, resets=1000, glitches=10000,
-                 tiny_data=67108864, double handshake_s=10.0, double stall_s=30.0):
+                 double handshake_s=10.0, double stall_s=30.0, double leniency=1.0):
         if not 16384 <= max_frame_size <= 16777215:
             raise ValueError(f"max_frame_size={max_frame_size}: RFC 9113 allows 16384 to 16777215")
         if not 0 < stream_window <= 0x7FFFFFFF:
@@ -157,13 +158,14 @@ cdef class Http2Engine:
         self.continuation_frames = continuation_frames
         self.settings_entries = settings_entries
         self.control_backlog = control_backlog
-        self.tiny_data = tiny_data
         self.handshake_s = handshake_s
         self.stall_s = stall_s
         self.streams = {}
         dw_bucket_init(&self.resets, resets, resets * 0.033)
         dw_bucket_init(&self.glitches, glitches, glitches * 0.033)
         dw_bucket_init(&self.empty, empty_data, empty_data * 0.033)
+        self.resets.tokens *= leniency
+        self.glitches.tokens *= leniency
 
     cdef void recv_target(self, unsigned char **base, size_t *size):
         """Where the next bytes from the peer go, and how many at most. The memory is the engine's until `received`, to which
@@ -195,7 +197,7 @@ cdef class Http2Engine:
         raise NotImplementedError
 
     cdef bint room(self, Http2Stream s):
-        """Whether more should be queued now. After False, `Http2Owner.on_room` tells when."""
+        """Whether more should be queued now. After False, `Http2Owner.on_room` tells when, unless the connection is dead."""
         raise NotImplementedError
 
     cdef int reset(self, Http2Stream s, uint32_t code) except -1:

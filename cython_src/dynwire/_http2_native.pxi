@@ -90,6 +90,7 @@ cdef class NativeEngine(Http2Engine):
         global _spares
         self.now = now
         if n:
+            self.reads += 1
             self.rx_bytes += n
             self.last_rx = now
             self.rend += n
@@ -221,7 +222,7 @@ cdef class NativeEngine(Http2Engine):
             s = self._find(sid)
             if self._verdict(<int>s.state if s is not None else self._situation(sid), I_RST, sid, s):
                 return 0
-            if not self.is_client:
+            if not self.is_client and self._rapid(s):
                 self._charge("too_many_resets")
             s.state = ST_CLOSED  # nothing that the owner does in the callback is sent any more
             self.owner.on_reset(s, dw_ld32be(p + FRAME_HEAD), True)
@@ -306,6 +307,11 @@ cdef class NativeEngine(Http2Engine):
         if not dw_bucket_take(&self.resets, self.now, 1.0):
             self.fail(E_CALM, text)
         return 0
+
+    cdef bint _rapid(self, Http2Stream s):
+        """(server) Whether the peer resets the stream before it can have seen a response, and soon: that is how more handlers are
+        started than MAX_CONCURRENT_STREAMS allows. A head that was sent during this very read has not been seen."""
+        return (s.answered == 0 or s.answered == self.reads) and self.now < s.progress + RAPID_S
 
     cdef Http2Stream _find(self, uint32_t sid):
         cdef PyObject *found
@@ -393,6 +399,7 @@ cdef class NativeEngine(Http2Engine):
         s.send_window = self.peer_initial
         s.recv_window = self.local_initial
         s.expected = -1
+        s.progress = self.now
         self.streams[sid] = s
         s.counted = True
         self.live += 1
@@ -480,14 +487,8 @@ cdef class NativeEngine(Http2Engine):
             self._stream_error(sid, s, E_FLOW_CONTROL if length and length > s.recv_window else E_PROTOCOL)
             return 0
         s.recv_window -= length
-        if size < TINY and not end:
-            if size == 0:
-                if not dw_bucket_take(&self.empty, self.now, 1.0):
-                    self.fail(E_CALM, "too_many_data_frames")
-            else:
-                self.tiny_spent += TINY - size
-                if self.tiny_spent > self.tiny_data:
-                    self.fail(E_CALM, "too_many_small_data_frames")
+        if size == 0 and not end and not dw_bucket_take(&self.empty, self.now, 1.0):
+            self.fail(E_CALM, "too_many_data_frames")
         if flags & F_PADDED:
             self._give_back(s, padding + 1)
         self.data_stream = s
@@ -545,13 +546,8 @@ cdef class NativeEngine(Http2Engine):
         return 0
 
     cdef int consumed(self, Http2Stream s, size_t n) except -1:
-        if <int64_t>n >= self.unread:
-            n = self.unread
-            self.unread = 0
-            self.tiny_spent = 0
-        else:
-            self.tiny_spent -= <int64_t>(<double>self.tiny_spent * n / self.unread)
-            self.unread -= n
+        n = min(n, <size_t>self.unread)
+        self.unread -= n
         return self._give_back(s, n)
 
     cdef int set_windows(self, uint32_t stream, uint64_t connection) except -1:
@@ -1046,6 +1042,7 @@ cdef class NativeEngine(Http2Engine):
         cdef list pairs = []
         self.now = now
         self.started_at = now
+        self.resets.at = self.glitches.at = self.empty.at = now
         if self.is_client:
             memcpy(self._reserve(_PREFACE_SIZE), PyBytes_AS_STRING(_PREFACE), _PREFACE_SIZE)
             self.obuf.n += _PREFACE_SIZE
@@ -1153,6 +1150,7 @@ cdef class NativeEngine(Http2Engine):
                 end = True
             self._put_block(s.id, headers, end)
             s.bits |= SB_SENT_HEADERS
+            s.answered = self.reads
         self.owner.on_output()
         return self._local_end(s) if end else 0
 
@@ -1368,6 +1366,8 @@ cdef class NativeEngine(Http2Engine):
 
     cdef bint room(self, Http2Stream s):
         cdef size_t limit = STREAM_BACKLOG if self.queued_total < QUEUED_TOTAL else CUT_SHARED
+        if self.dead:
+            return False  # what is sent goes nowhere, so a producer would never have to stop
         if s.queued <= limit and self.backlog() <= CONNECTION_BACKLOG:
             return True
         if s.state != ST_CLOSED and not s.bits & SB_WANTS_ROOM:
@@ -1497,7 +1497,7 @@ cdef class NativeEngine(Http2Engine):
                 self.ref_i += 1
                 if self.ref_i == self.ref_n:
                     self.ref_pieces.clear()
-        if self.roomless:
+        if self.roomless and not self.dead:
             self._tell_room()
         return 0
 

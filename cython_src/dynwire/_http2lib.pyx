@@ -528,7 +528,7 @@ cdef class LibraryEngine(Http2Engine):
         return s.queued <= STREAM_BACKLOG and self.backlog() <= CONNECTION_BACKLOG
 
     cdef bint room(self, Http2Stream s):
-        if s.bits & B_GONE:
+        if s.bits & B_GONE or self.dead:
             return False
         if self.room_now(s):
             return True
@@ -614,7 +614,7 @@ cdef class LibraryEngine(Http2Engine):
         cdef Http2Stream s
         self.written += n
         self.pump()
-        if self.backlog() <= CONNECTION_BACKLOG:
+        if not self.dead and self.backlog() <= CONNECTION_BACKLOG:
             for s in [s for s in self.streams.values() if s.bits & B_FULL and self.room_now(s)]:
                 s.bits &= ~B_FULL
                 self.owner.on_room(s)

@@ -8,6 +8,7 @@ from ._httpwire cimport HttpWire as Machine
 
 include "_driver_libc.pxi"
 include "_driver_async.pxi"
+include "_semaphore.pxi"
 include "_driver_blocking.pxi"
 
 

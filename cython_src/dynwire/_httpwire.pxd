@@ -63,6 +63,7 @@ cdef class HttpWire(Link):
     cdef dict limits
     cdef str engine_name
     cdef bint adaptive
+    cdef public double leniency    # (server) share of its budgets that the engine begins with, see Http2Engine
     # server: what comes before it is known which protocol the peer speaks, and HTTP/1.1
     cdef object h1
     cdef dw_buf early_in

@@ -229,6 +229,7 @@ cdef class HttpWire(Link):
         self.engine_name = engine
         self.adaptive = adaptive
         self.limits = limits
+        self.leniency = 1.0
         self.head_at = INFINITY
         self.handshake_s = limits.get("handshake_s", 10.0)
         self.stall_s = limits.get("stall_s", 30.0)
@@ -258,7 +259,8 @@ cdef class HttpWire(Link):
             from ._http2lib import LibraryEngine as cls
         self.events = _Events.__new__(_Events)
         self.events.wire = self
-        self.engine = cls(self.events, self.is_client, **self.limits)
+        limits = self.limits if self.leniency == 1.0 else {**self.limits, "leniency": self.leniency}
+        self.engine = cls(self.events, self.is_client, **limits)
         self.bdp_estimate = self.engine.stream_window
         self.window_ratio = <double>self.engine.connection_window / self.engine.stream_window
         return 0

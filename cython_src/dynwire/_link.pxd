@@ -171,4 +171,7 @@ cdef class Link:
     cdef object overloaded(self, int depth, str text)
     cdef object item_too_large(self, int64_t size, int64_t limit, str endpoint)
 
+cdef bint calls_follow()             # more calls are about to be started on this loop: a request is not written for itself
+cdef void set_calls_follow(bint more)
+
 cdef Py_ssize_t size_of(object data) except -1

@@ -19,6 +19,19 @@ cdef enum:
     LARGE_BYTES = 65536          # payloads from this size on are sent from their owner's memory
 
 
+cdef bint _calls_follow = False
+
+
+cdef bint calls_follow():
+    return _calls_follow
+
+
+cdef void set_calls_follow(bint more):
+    """For who starts several calls in one callback of the loop. Another thread's loop that sees it writes a little later, too."""
+    global _calls_follow
+    _calls_follow = more
+
+
 cdef class StreamBase:
     """State of one request on one connection. Subclasses say what happens; the connection calls them."""
 

@@ -8,7 +8,7 @@ import weakref
 
 from cpython.bytes cimport PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 
-from ._link cimport S_WRITTEN
+from ._link cimport S_WRITTEN, calls_follow
 from ._natsproto cimport PORT_CLOSED, PORT_UP, MessagePort, MessageSink
 from ._natsqueue cimport QueueRequest, QueueTarget, QueueWire
 from ._natswire cimport HEADERS_STATUS, NatsPeer, NatsTarget, fields, header_lines, parse_headers
@@ -209,7 +209,7 @@ cdef class NatsClientLink(NatsLink):
         return 0
 
     def ask_peer(self, NatsPeer peer not None):
-        """A future that gets None when the worker has answered, or a `ConnectError` when it is not there. Ask again after a while."""
+        """A future that gets None when the worker has answered, or a `ConnectError` when it is not there."""
         future = self.loop.create_future()
         peer.waiters = [waiter for waiter in peer.waiters if not waiter.done()]
         peer.waiters.append(future)
@@ -225,7 +225,10 @@ cdef class NatsClientLink(NatsLink):
         if details.get("operation") != "publish":
             return 0
         for stream in list(self.slots):
-            if stream is not None and stream.conn is self and (<NatsTarget>stream.under).subject.decode() == details.get("subject"):
+            if stream is None or stream.conn is not self:
+                continue
+            # nats-py's errors are in lower case
+            if (<NatsTarget>stream.under).subject.decode().lower() == str(details.get("subject")).lower():
                 stream.state &= ~S_WRITTEN
                 self.lose(stream, error)
         return 0
@@ -236,7 +239,7 @@ cdef class NatsClientLink(NatsLink):
         call.channel = channel
         channel.in_flight += 1
         if not self.in_dispatch:
-            if self.live == 1 and self.port.state == PORT_UP:
+            if self.live == 1 and not calls_follow() and self.port.state == PORT_UP:
                 self.port.flush()  # nothing else is in flight, so there is nothing to wait for
             if self.next_wakeup() < self.armed_at:
                 self.set_timer()

@@ -53,7 +53,6 @@ cdef class PortBase(MessagePort):
 cdef class FastPort(PortBase):
     cdef readonly PortSocket socket
     cdef bint want_tls
-    cdef int unsubscribe(self, uint64_t sid, object subscription) except -1
 
 cdef class PlainPort(PortBase):
     cdef object queue                       # deque of (subject, payload, reply, headers), or of a subscription that ends
@@ -64,5 +63,6 @@ cdef class PlainPort(PortBase):
     cdef uint64_t next_id
     cdef object watch_handle                # timer of watch()
     cdef bint was_reconnecting
+    cdef bint busy                          # the pump is handing something over
 
     cdef int wake_pump(self) except -1

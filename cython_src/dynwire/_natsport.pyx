@@ -13,9 +13,11 @@ import json
 import logging
 import re
 
+cimport cython
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.errno cimport EAGAIN, EINTR, errno
 from libc.stdint cimport int64_t, uint64_t
+from libc.string cimport memchr, memcmp
 
 from ._bytes cimport dw_chunk
 from ._natsproto cimport (
@@ -127,9 +129,10 @@ cdef class PortSocket:
         self.flush_at = EARLY_FLUSH
         try:
             self.parser.advance(n)
-        except ProtocolError as error:
+        except (ProtocolError, MemoryError) as error:
             self.failed(error)
-        self.dispatched()
+        finally:  # also when Ctrl-C comes in a sink
+            self.dispatched()
 
     cdef int dispatched(self) except -1:
         """The messages of one read have been delivered: write what they caused."""
@@ -155,12 +158,14 @@ cdef class PortSocket:
             self.flush_at = EARLY_FLUSH
             try:
                 self.parser.parse()
-            except ProtocolError as error:
+            except (ProtocolError, MemoryError) as error:
                 self.failed(error)
-            self.dispatched()
+            finally:
+                self.dispatched()
 
     def eof_received(self):
         self.eof = True
+        self.fd = -1  # the transport may close it before connection_lost(), and the number may belong to somebody else then
         self.wake_reader()
         return None  # the transport closes itself
 
@@ -211,6 +216,7 @@ cdef class PortSocket:
             self.error = error
         self.parser.stopped = True
         self.eof = True
+        self.fd = -1
         if self.transport is not None:
             self.transport.abort()
         return self.wake_reader()
@@ -424,19 +430,8 @@ cdef class FastPort(PortBase):
             raise
         return PortSubscription(self, sid, subscription)
 
-    def drop(self, uint64_t sid, subscription):
-        """End a subscription; effective at once."""
-        self.sinks.pop(sid, None)
-        if self.socket is not None:
-            self.socket.parser.forget_sink(sid)
-        self.unsubscribe(sid, subscription)
-
-    async def retire(self, uint64_t sid, subscription):
-        """Tell the server to send no more of a subscription; what it had sent before has reached the sink when this returns."""
-        self.unsubscribe(sid, subscription)
-        await self.client.flush()
-
-    cdef int unsubscribe(self, uint64_t sid, object subscription) except -1:
+    def stop(self, uint64_t sid, subscription):
+        """End a subscription at the server."""
         cdef PortSocket socket = self.socket
         cdef bytes line
         if self.client._subs.pop(sid, None) is not None:
@@ -446,12 +441,27 @@ cdef class FastPort(PortBase):
                 line = b"UNSUB %d\r\n" % sid
                 socket.writer.raw(<const unsigned char *>PyBytes_AS_STRING(line), PyBytes_GET_SIZE(line), None)
                 socket.wrote()
-        return 0
+
+    def drop(self, uint64_t sid, subscription):
+        """End a subscription; effective at once."""
+        self.sinks.pop(sid, None)
+        if self.socket is not None:
+            self.socket.parser.forget_sink(sid)
+        self.stop(sid, subscription)
 
     def abort(self):
         """Give the present connection up without a word; nats-py reconnects, unless it is closing."""
         if self.socket is not None and not self.socket.lost:
             self.socket.failed(ConnectionAbortedError("given up"))
+
+    async def settle(self):
+        """Let a PING that follows be behind all that was told to nats-py: it writes PING at once, and the rest in a task."""
+        cdef PortSocket socket = self.socket
+        client = self.client
+        if client._pending_data_size > 0 and client.is_connected and socket is not None and not socket.handshake:
+            pending, client._pending = client._pending, []
+            client._pending_data_size = 0
+            self.writelines(pending)
 
     async def finished(self):
         """Wait until nothing of it is on the loop any more."""
@@ -643,24 +653,25 @@ cdef class FastPort(PortBase):
         await self.client._process_info(info)
 
     async def server_error(self, text):
-        """-ERR. nats-py closes for good on most of them; here the connection is made anew, as often as it takes."""
-        from nats.errors import Error
-
+        """-ERR."""
         words = text.decode(errors="replace").strip("'")
         denied = DENIED.search(words)
         if denied is not None and self.on_denied is not None:
             self.on_denied(denied[1].lower(), denied[2])
-        elif "permissions violation" in words.lower():
-            await self.client._process_err(words.lower())
         elif not self.client.is_reconnecting:
-            error = Error(f"nats: {words}")
-            await self.client._error_cb(error)
-            await self.client._process_op_err(error)
+            await self.client._process_err(words.lower())
 
 
 cdef dict headers_dict(const unsigned char *headers, size_t n):
     """What nats-py wants headers as. Of a name that stands there twice the last one stays: nats-py knows one value per name."""
     cdef dict out = {}
+    cdef const unsigned char *value_
+    cdef size_t value_n
+    if n > 17 and memcmp(headers, b"NATS/1.0\r\nD: ", 13) == 0:
+        value_ = headers + 13
+        value_n = n - 17
+        if memchr(value_, c"\r", value_n) is NULL and memcmp(value_ + value_n, b"\r\n\r\n", 4) == 0:
+            return {"D": value_[:value_n].decode("utf-8", "replace")}  # the usual message of a stream
     for line in headers[:n].split(b"\r\n")[1:]:
         name, colon, value = line.partition(b":")
         if colon:
@@ -670,6 +681,8 @@ cdef dict headers_dict(const unsigned char *headers, size_t n):
 
 cdef bytes headers_block(object headers):
     """The block that nats-py has taken apart, as near as it can be known."""
+    if len(headers) == 1 and (value := headers.get("D")) is not None:
+        return f"NATS/1.0\r\nD: {value}\r\n\r\n".encode("utf-8", "replace")
     status = headers.get("Status")
     # nats-py 2.16 takes the first header for the description where there is none: it then begins with a line feed
     description = (headers.get("Description") or "").partition("\n")[0].strip()
@@ -732,6 +745,7 @@ cdef class PlainPort(PortBase):
         while True:
             while self.queue:
                 item = self.queue.popleft()
+                self.busy = True
                 try:
                     if type(item) is tuple:
                         self.queued_bytes -= len(item[1]) + QUEUE_OVERHEAD
@@ -742,6 +756,7 @@ cdef class PlainPort(PortBase):
                     logger.debug("nats-py did not take something: %r", error)
                 if self.congested and self.queued_bytes < WRITABLE_BYTES:
                     self.now_writable()
+            self.busy = False
             self.work = self.loop.create_future()
             await self.work
 
@@ -827,25 +842,28 @@ cdef class PlainPort(PortBase):
             except Exception as error:
                 report_sink(self.loop, sink, error)
 
+    def stop(self, number, subscription):
+        """nats-py forgets at once what has come and was not processed: this waits for `drop`."""
+
     def drop(self, number, subscription):
         """End a subscription; effective at once."""
-        if self.sinks.pop(number, None) is None:
-            return
+        self.sinks.pop(number, None)
         if self.state != PORT_CLOSED:
             self.queue.append(subscription)
             self.wake_pump()
-
-    async def retire(self, number, subscription):
-        """As the fast port's."""
-        await subscription.drain()
-        await asyncio.sleep(0)  # what had arrived is delivered from a callback
-        self.sinks.pop(number, None)
 
     def abort(self):
         """Give the present connection up; nats-py reconnects, unless it is closing. It has no public way for that."""
         writer = getattr(getattr(self.client, "_transport", None), "_io_writer", None)
         if writer is not None:
             writer.transport.abort()
+
+    async def settle(self):
+        """Wait until nats-py has everything and has written it: it writes PING at once, and the rest in a task."""
+        turns = 0
+        while self.client.is_connected and (self.queue or self.busy or self.client.pending_data_size):
+            turns += 1
+            await asyncio.sleep(0 if turns < 20 else 0.005)
 
     async def finished(self):
         """Wait until nothing of it is on the loop any more."""
@@ -866,33 +884,26 @@ def taker(port, number):
     return take
 
 
-class PortSubscription:
+@cython.final
+cdef class PortSubscription:
     """One subscription of a sink."""
 
-    __slots__ = ("_port", "_sid", "_subscription")
+    cdef object port
+    cdef uint64_t sid
+    cdef object subscription           # nats-py's
 
     def __init__(self, port, sid, subscription):
-        self._port = port
-        self._sid = sid
-        self._subscription = subscription
+        self.port = port
+        self.sid = sid
+        self.subscription = subscription
+
+    def stop(self):
+        """Tell the server to send no more; what it has sent already is delivered until `unsubscribe`. (The plain port cannot.)"""
+        if self.port is not None:
+            self.port.stop(self.sid, self.subscription)
 
     def unsubscribe(self):
         """No message of it is delivered any more; a batch that has begun is still ended. May be called twice."""
-        port, self._port = self._port, None
+        port, self.port = self.port, None
         if port is not None:
-            port.drop(self._sid, self._subscription)
-
-    async def drain(self, timeout=1.0):
-        """The same, but what the server has sent before it heard of it is still delivered; waits ``timeout`` s for that at most."""
-        from nats.errors import Error
-
-        port, self._port = self._port, None
-        if port is None:
-            return
-        try:
-            async with asyncio.timeout(timeout):
-                await port.retire(self._sid, self._subscription)
-        except (Error, OSError):
-            pass  # the connection is gone, and what was on its way with it
-        finally:
-            port.drop(self._sid, self._subscription)
+            port.drop(self.sid, self.subscription)

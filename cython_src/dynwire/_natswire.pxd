@@ -10,6 +10,7 @@ cdef enum:
     ITEM_ROOM = 128              # bytes of a message that headers of items may take
     CALL_CREDIT = 4096           # granted to a call: one item may always start, a second one is an error
     FIRST_CREDIT = 16384         # granted to a stream at first; grows up to the stream window while it is used up
+    FOREIGN_TIMEOUT_MS = 60000   # of requests by tools: most take the first item and tell nobody that they want no more
     PROBE_TOKENS = 1024          # streams that one probe asks for
     INBOX_LIMIT = 512            # bytes of a reply subject
     HEAD_BYTES = 128             # room for the headers of a message without metadata
@@ -133,10 +134,11 @@ cdef class NatsWire(Link):
     cdef bytes inbox_of(self, StreamBase stream)
     cdef bytes own_reply(self, StreamBase stream)
     cdef int64_t item_limit(self)
+    cdef int check_size(self, object data, bytes meta) except -1
     cdef int answer(self, bytes inbox, int flags, bytes body) except -1
     cdef int grant(self, StreamBase stream) except -1
     cdef int tick(self, double now) except -1
-    cdef int tick_client(self, double now) except -1
+    cdef int tick_client(self, double now, bint stalled) except -1
     cdef int tick_server(self, double now) except -1
     cdef int ask(self, NatsPeer peer, list lines, double now) except -1
 

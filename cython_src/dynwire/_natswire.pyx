@@ -22,7 +22,19 @@ from libc.stdint cimport int32_t
 from libc.string cimport memchr, memcmp, memcpy
 
 from ._buffers cimport Block, payload_copy, payload_of_block
-from ._link cimport META_LIMIT, S_ACCEPTED, S_ENDED, S_PENDING, S_QUEUED, S_STOP_EARLY, S_WRITTEN, S_ZOMBIE, Link, StreamBase
+from ._link cimport (
+    META_LIMIT,
+    S_ACCEPTED,
+    S_ENDED,
+    S_PENDING,
+    S_QUEUED,
+    S_STOP_EARLY,
+    S_WRITTEN,
+    S_ZOMBIE,
+    Link,
+    StreamBase,
+    size_of,
+)
 from ._natsproto cimport PORT_CLOSED, PORT_UP, MessagePort
 
 from .errors import (
@@ -262,7 +274,6 @@ cdef class NatsPeer:
         self.probed = -INFINITY
         self.asked = INFINITY
         self.lines = []
-
 
     @property
     def leaving(self):
@@ -686,8 +697,9 @@ cdef class NatsWire(Link):
             )))  # fmt: skip
         if found == DW_NATS_NONE:
             flags |= F_FOREIGN
-            f.v[0] = f.v[1] = f.v[3] = 0
+            f.v[0] = f.v[1] = 0
             f.v[2] = _CREDIT_LIMIT
+            f.v[3] = FOREIGN_TIMEOUT_MS
             f.count = 4
             seq = self.seq = self.seq + 1
         if headers_n > META_LIMIT + HEAD_BYTES:
@@ -1024,11 +1036,11 @@ cdef class NatsWire(Link):
             )
         return Link.submit(self, stream, endpoint, data, kind, meta, deadline, due, now)
 
-    def check_size(self, data, bytes meta):
+    cdef int check_size(self, object data, bytes meta) except -1:
         """Raises `MessageTooLarge` for a request that the NATS server would not take."""
         cdef int64_t limit = min(self.port.max_payload, self.max_payload)
-        cdef int64_t size = len(data) if type(data) is bytes else memoryview(data).nbytes
-        cdef int64_t head = HEAD_BYTES + (0 if meta is None else len(meta))
+        cdef int64_t size = PyBytes_GET_SIZE(data) if type(data) is bytes else size_of(data)
+        cdef int64_t head = HEAD_BYTES + (0 if meta is None else PyBytes_GET_SIZE(meta))
         if size + head > limit and size <= self.max_message:
             setting = "nats plane limit" if self.max_payload <= self.port.max_payload else "max_payload of the NATS server"
             raise MessageTooLarge(
@@ -1036,6 +1048,7 @@ cdef class NatsWire(Link):
                 "with headers); the tcp plane (DYN_REQUEST_PLANE=tcp) carries larger ones",
                 size=size, limit=limit - head, setting=setting, peer=self.peer, sent="no",
             )  # fmt: skip
+        return 0
 
     cdef bint may_request(self):
         return (
@@ -1109,7 +1122,6 @@ cdef class NatsWire(Link):
 
     cdef int put_cancel(self, StreamBase stream, int kind) except -1:
         cdef NatsPeer peer = (<NatsTarget>stream.under).peer
-        cdef bytes inbox
         if peer.control is None or not stream.state & S_WRITTEN:
             return 0
         return self.put_bytes(peer.control, None, _HEAD_C2 if kind == 2 else _HEAD_C1, self.inbox_of(stream))
@@ -1186,16 +1198,17 @@ cdef class NatsWire(Link):
 
     cdef int tick(self, double now) except -1:
         """Ask those of whom nothing was heard for a while whether they still know the streams that were there a tick ago."""
+        cdef bint stalled = now - self.tick_at > max(1.0, self.probe_interval)
         self.tick_at = INFINITY
         self.tick_no += 1
         self.now = now
         if not self.up() or not self.live:
             return 0
         if self.is_client:
-            return self.tick_client(now)
+            return self.tick_client(now, stalled)
         return self.tick_server(now)
 
-    cdef int tick_client(self, double now) except -1:
+    cdef int tick_client(self, double now, bint stalled) except -1:
         cdef uint32_t old = self.tick_seq
         cdef StreamBase stream
         cdef NatsPeer peer
@@ -1215,6 +1228,8 @@ cdef class NatsWire(Link):
                 peer.visit = self.tick_no
                 if peer.heard > peer.asked or all_:
                     peer.asked = INFINITY
+                elif stalled and peer.asked != INFINITY:
+                    peer.asked = now  # this loop stood still: the answer may wait in the socket
                 if now - peer.asked >= self.keepalive_timeout:
                     silent.append(peer)
                 quiet = now - max(peer.heard, peer.probed)

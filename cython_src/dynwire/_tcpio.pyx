@@ -9,4 +9,5 @@ from ._frames cimport WireConnection as Machine
 
 include "_driver_libc.pxi"
 include "_driver_async.pxi"
+include "_semaphore.pxi"
 include "_driver_blocking.pxi"

@@ -15,9 +15,12 @@ COMMANDS = {
     "bench": "Measure calls per second and latency of an endpoint.",
     "call": "Send one request and print the reply.",
     "config": "Show the settings and where they come from.",
-    "demo": "Two workers, two callers, one crash: see it all work in a few seconds.",
+    "demo": "Serve a model, call endpoints, kill workers: see it all work in a few seconds.",
+    "doctor": "Check installation, settings, discovery and NATS, and say what to do.",
+    "load": "Load on an OpenAI-compatible server, and a table of latencies.",
     "ls": "List the instances that discovery knows.",
     "replay": "Send the durable requests of a time range once more.",
+    "nats": "Run a nats-server for development.",
     "serve": "Serve handlers until SIGINT or SIGTERM.",
 }
 """Name -> help in one line. It stands here so that ``dynwire --help`` imports no command."""

@@ -1,15 +1,19 @@
 """``dynwire demo``: the whole of dynwire in a few seconds, checked by itself.
 
-Two worker processes serve over a directory for discovery. A threaded caller (`NetworkManager`) and an asyncio caller
-(`AsyncNetworkManager`) go through three phases in step: calm; crash, where one worker is killed while streams run; after,
-where everything must go on with the other worker.
+First a model is served (`demo_serving`), then endpoints are called, which is the part in this file: two worker processes serve
+over a directory for discovery. A threaded caller (`NetworkManager`) and an asyncio caller (`AsyncNetworkManager`) go through
+three phases in step: calm; crash, where one worker is killed while streams run; after, where everything must go on with the
+other worker.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import secrets
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import threading
@@ -19,17 +23,20 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 import click
 
-from ..config import Config, load_config
-from ..errors import DynwireError, PeerLost
-from . import tables
+from ..config import Config, load_config, mask_url
+from ..errors import ConfigError, DynwireError, PeerLost
+from . import demo_serving, tables
 from ._common import Command, json_option, loop_factory, run_async, settings_options, to_json
 from ._workers import Worker
 
 if TYPE_CHECKING:
     from dynwire import AsyncNetworkManager
+
+    from ..nats.server import NatsServer
 
 GENERATE = "demo.worker.generate"
 WHOAMI = "demo.worker.whoami"
@@ -301,14 +308,16 @@ async def _asyncio_phases(scene: Scene, manager: AsyncNetworkManager) -> None:
 
 
 @click.command(name="demo", cls=Command)
+@click.option("--only", type=click.Choice(["serving", "calls"]), help="One of the two parts.")
 @json_option
 @settings_options
-def command(as_json: bool, chosen: dict[str, object]) -> None:
-    """Two workers, two callers, one crash: see it all work in a few seconds.
+def command(only: str | None, as_json: bool, chosen: dict[str, object]) -> None:
+    """Serve a model, kill a worker, call endpoints, kill a worker: see it all work in a few seconds.
 
-    Starts two worker processes with discovery in a temporary directory, calls them from threads and from asyncio, kills one
-    of them in the middle of streams, shows what the callers saw, stops and removes everything. Exit code 1 if anything
-    was not as promised.
+    First an OpenAI-compatible frontend and two workers with a simulated engine, asked by curl and put under load while one
+    worker is killed. Then two worker processes that are called from threads and from asyncio, one of which is killed in the
+    middle of streams. Discovery is in a temporary directory; everything is stopped and removed. Exit code 1 if anything was
+    not as promised.
     """
     began = time.monotonic()
     # without this, SIGTERM would leave the workers behind
@@ -319,8 +328,25 @@ def command(as_json: bool, chosen: dict[str, object]) -> None:
         click.echo(f"[{time.monotonic() - began:4.1f} s] {text}", err=as_json)
 
     try:
-        config = load_config(cli={**chosen, "discovery": "file", "discovery_file_dir": directory})
-        report = _play(config, say)
+        chosen |= {"discovery": "file", "discovery_file_dir": directory}
+        config = load_config(cli=chosen)
+        with contextlib.ExitStack() as undo:
+            if config.request_plane == "nats":
+                # a server of others may hold a demo of others
+                chosen.setdefault("nats.prefix", f"dynwire-demo-{secrets.token_hex(4)}")
+                if not _nats_answers(config):
+                    server = undo.enter_context(_own_nats_server(config, say))
+                    chosen["nats.servers"] = server.url
+                config = load_config(cli=chosen)
+            report: dict[str, Any] = {"ok": True, "plane": config.request_plane}
+            if only != "calls":
+                served = demo_serving.play(config, say)
+                report |= {"serving": served, "ok": served["ok"]}
+                if not as_json:
+                    demo_serving.show(served)
+            if only != "serving":
+                called = _play(config, say)
+                report |= {**called, "ok": report["ok"] and called["ok"]}
     finally:
         shutil.rmtree(directory, ignore_errors=True)
         signal.signal(signal.SIGTERM, previous)
@@ -328,13 +354,38 @@ def command(as_json: bool, chosen: dict[str, object]) -> None:
     if as_json:
         click.echo(to_json(report))
     else:
-        _show(report)
+        if only != "serving":
+            _show(report)
+        click.echo(f"\n{'All as promised' if report['ok'] else 'NOT as promised'}, {report['seconds']} s.")
     if not report["ok"]:
         click.get_current_context().exit(1)
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     sys.exit(128 + number)
+
+
+def _nats_answers(config: Config) -> bool:
+    """Whether anybody listens at one of the servers."""
+    for url in config.nats.servers:
+        parts = urlsplit(url)
+        with contextlib.suppress(OSError), socket.create_connection((parts.hostname, parts.port or 4222), timeout=1.0):
+            return True
+    return False
+
+
+def _own_nats_server(config: Config, say: Callable[[str], None]) -> NatsServer:
+    """A started nats-server. Raises `ConfigError` that says what to install, or where it was looked for a running one."""
+    from ..nats.server import NatsServer
+
+    where = ", ".join(map(mask_url, config.nats.servers))
+    try:
+        server = NatsServer(jetstream=True).start()
+    except ConfigError as error:
+        text = f"no NATS server answers at {where} (NATS_SERVER), and the demo cannot start one: {error}"
+        raise ConfigError(text, name=error.name, value=error.value, allowed=error.allowed) from error
+    say(f"no NATS server at {where}; started one at {server.url} (pid {server.pid})")
+    return server
 
 
 def _play(config: Config, say: Callable[[str], None]) -> dict[str, Any]:
@@ -456,4 +507,3 @@ def _show(report: dict[str, Any]) -> None:
     click.echo()
     for check in report["checks"]:
         click.echo(f"  {'ok    ' if check['ok'] else 'FAILED'}  {check['check']}")
-    click.echo(f"\n{'All as promised' if report['ok'] else 'NOT as promised'}, {report['seconds']} s.")

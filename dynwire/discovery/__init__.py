@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..config import NatsConfig
 from ..errors import ConfigError
 from .base import Discovery, Watch
 from .file import FileDiscovery
@@ -9,20 +10,34 @@ from .memory import MemoryDiscovery
 
 __all__ = ["Discovery", "FileDiscovery", "MemoryDiscovery", "Watch", "open_discovery"]
 
-_AVAILABLE = ("mem", "file")
-_PLANNED = ("etcd", "nats")
+_AVAILABLE = ("mem", "file", "nats")
+_PLANNED = ("etcd",)
 
 
-def open_discovery(backend: str, *, file_dir: str, ttl: float) -> Discovery:
+def open_discovery(backend: str, *, file_dir: str, ttl: float, nats: NatsConfig | None = None) -> Discovery:
     """A discovery object of the named backend, not yet started; does no I/O.
 
-    ``file_dir`` is the directory of the ``file`` backend (``DYN_FILE_KV``); ``ttl`` in seconds is how long a record without
-    heartbeat counts. Raises `ConfigError` for a backend that is unknown or not in this release.
+    ``file_dir`` is the directory of the ``file`` backend (``DYN_FILE_KV``), ``nats`` how the ``nats`` backend connects; ``ttl``
+    in seconds is how long a record without heartbeat counts. Raises `ConfigError` for a backend that is unknown or not in this
+    release, or whose packages are not installed.
     """
     if backend == "mem":
         return MemoryDiscovery()
     if backend == "file":
         return FileDiscovery(file_dir, ttl=ttl)
+    if backend == "nats":
+        try:
+            import nats as _  # noqa: F401
+        except ImportError as error:
+            raise ConfigError(
+                "DYN_DISCOVERY_BACKEND: the discovery backend nats needs nats-py: pip install 'dynwire[nats]'",
+                name="DYN_DISCOVERY_BACKEND",
+                value=backend,
+                allowed="pip install 'dynwire[nats]', or another backend",
+            ) from error
+        from .nats import NatsDiscovery
+
+        return NatsDiscovery(nats or NatsConfig(), ttl=ttl)
     why = "is not in this release" if backend in _PLANNED else "does not exist"
     raise ConfigError(
         f"DYN_DISCOVERY_BACKEND: the discovery backend {backend!r} {why}; available: {', '.join(_AVAILABLE)}",

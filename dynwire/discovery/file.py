@@ -28,15 +28,21 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import msgspec
-
-from ..errors import ConfigError, ConnectError, DynwireError, ForkedManager, ManagerClosed, MessageTooLarge
+from ..errors import ConfigError, ConnectError, DynwireError, ForkedManager, ManagerClosed
 from ..types import Instance
 from .base import Discovery, Instances, Watch, WatchCallback, check_instance, ordered, select
+from .record import (
+    MAX_RECORD_BYTES,
+    BadRecord,
+    ProcessId,
+    Record,
+    check_ttl,
+    decode_record,
+    encode_record,
+    record_key,
+)
 
 SETTING = "DYN_FILE_KV"
-MAX_RECORD_BYTES = 64 * 1024
-"""A record is read into memory as a whole; registering a larger one is refused, reading one is skipped."""
 POLL_INTERVAL_S = 0.05
 """How often a watched directory's modification time is read: one ``stat``, about a microsecond."""
 SCAN_INTERVAL_S = 1.0
@@ -47,40 +53,10 @@ _COARSE_CLOCK_NS = 50_000_000
 # File times advance in kernel ticks (4 to 10 ms): a second change in the tick of the first leaves the directory's time as it
 # was. So a directory changed this recently is scanned once more, even if its time stays the same.
 
-_TTL_RANGE_S = (0.05, 3600.0)
-_MAX_DEPTH = 32  # of metadata; comparing deeper values could exceed the interpreter's recursion limit
 _NO_RESOURCES = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM})
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
 
 log = logging.getLogger("dynwire.discovery")
-
-
-class ProcessId(msgspec.Struct, frozen=True):
-    """A process, identified so that another process can tell whether it still runs."""
-
-    scope: tuple[str, ...]
-    """host name, boot id, pid namespace, time namespace: pid and start mean something only where all four are the same"""
-    pid: int
-    start: int
-    """clock ticks from boot to the start of the process: tells it from a later one with the same pid"""
-
-
-class Record(msgspec.Struct, frozen=True):
-    """What a file holds. Unknown fields are ignored, so that later versions may add some."""
-
-    instance: Instance
-    ttl: float
-    """seconds; the writer promises to touch the file three times as often"""
-    process: ProcessId | None = None
-
-    @property
-    def effective_ttl(self) -> float:
-        low, high = _TTL_RANGE_S
-        return min(max(self.ttl, low), high)
-
-
-_encoder = msgspec.json.Encoder()
-_decoder = msgspec.json.Decoder(Record)
 
 
 def _read_start(pid: int | str) -> tuple[str, int] | None:
@@ -143,8 +119,8 @@ def has_ended(process: ProcessId, scope: tuple[str, ...] | None) -> bool:
 
 
 def record_name(instance: Instance) -> str:
-    """File name of an instance's record; at most 216 characters, because each part of the path has at most 64."""
-    return f"{instance.path}.{instance.id:016x}.json"
+    """File name of an instance's record."""
+    return f"{record_key(instance)}.json"
 
 
 class _Seen:
@@ -178,11 +154,7 @@ class FileDiscovery(Discovery):
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        low, high = _TTL_RANGE_S
-        if not low <= ttl <= high:
-            raise ConfigError(
-                f"discovery ttl is {ttl!r}; allowed are {low} to {high} seconds", name="ttl", value=ttl, allowed=[low, high]
-            )
+        check_ttl(ttl)
         if not file_dir or "\0" in file_dir:
             raise ConfigError(f"{SETTING} is {file_dir!r}; it must name a directory", name=SETTING, value=file_dir)
         self._dir = os.path.abspath(file_dir)
@@ -221,21 +193,7 @@ class FileDiscovery(Discovery):
         self._start()
         check_instance(instance)
         name = record_name(instance)
-        raw = self._encode(instance)
-        if len(raw) > MAX_RECORD_BYTES:
-            raise MessageTooLarge(
-                f"the registration of {instance.path} has {len(raw)} bytes, the file backend takes {MAX_RECORD_BYTES}: "
-                "shorten its metadata",
-                phase="register",
-                size=len(raw),
-                limit=MAX_RECORD_BYTES,
-                setting="metadata",
-            )
-        try:
-            # As every reader will see it: refuse what they would skip, and show watchers in this process the same.
-            stored = _decode(name, raw).instance
-        except _BadRecord as error:
-            raise ConfigError(f"cannot register {instance.path}: {error}", name="metadata", phase="register") from error
+        raw, stored = encode_record(Record(instance, self._ttl, self._process), "file")
         try:
             self._write(name, raw)
         except OSError as error:
@@ -301,14 +259,6 @@ class FileDiscovery(Discovery):
                 "this discovery object belongs to the parent process; open a new one in the child",
                 details={"parent": self._pid, "child": os.getpid()},
             )
-
-    def _encode(self, instance: Instance) -> bytes:
-        try:
-            return _encoder.encode(Record(instance, self._ttl, self._process))
-        except (TypeError, ValueError, OverflowError, RecursionError, msgspec.MsgspecError) as error:
-            raise ConfigError(
-                f"cannot register {instance.path}: its metadata is not JSON ({error})", name="metadata", phase="register"
-            ) from error
 
     def _write(self, name: str, raw: bytes) -> None:
         """Write a record atomically. Raises `OSError`, leaving no temporary file behind."""
@@ -500,8 +450,8 @@ class FileDiscovery(Discovery):
             if before is not None and before.raw == seen.raw:
                 seen.record = before.record
             else:
-                seen.record = _decode(name, seen.raw)
-        except _BadRecord as bad:
+                seen.record = decode_record(name.removesuffix(".json"), seen.raw)
+        except BadRecord as bad:
             if before is None or before.record is not None:
                 log.warning("discovery: ignoring %s: %s", path, bad)
         return seen
@@ -568,10 +518,6 @@ class FileDiscovery(Discovery):
                     log.debug("cannot write %s again yet: %s", name, error)  # the heartbeat reports it
 
 
-class _BadRecord(Exception):
-    """A file that is not a record; the text says why."""
-
-
 def _file_key(status: os.stat_result) -> tuple[int, int, int]:
     return (status.st_ino, status.st_mtime_ns, status.st_size)
 
@@ -582,17 +528,17 @@ def _dir_key(path: str) -> tuple[int, int, int]:
 
 
 def _read_bytes(path: str, status: os.stat_result) -> bytes:
-    """Contents of a regular file of acceptable size. Raises `_BadRecord`, `FileNotFoundError`, or `OSError` (no resources)."""
+    """Contents of a regular file of acceptable size. Raises `BadRecord`, `FileNotFoundError`, or `OSError` (no resources)."""
     if not stat.S_ISREG(status.st_mode):
-        raise _BadRecord("not a regular file")
+        raise BadRecord("not a regular file")
     if status.st_size > MAX_RECORD_BYTES:
-        raise _BadRecord(f"{status.st_size} bytes, more than {MAX_RECORD_BYTES}")
+        raise BadRecord(f"{status.st_size} bytes, more than {MAX_RECORD_BYTES}")
     try:
         # It may have been exchanged since the stat: never follow a link, never wait for the writer of a fifo.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         try:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
-                raise _BadRecord("not a regular file")
+                raise BadRecord("not a regular file")
             raw = os.read(fd, MAX_RECORD_BYTES + 1)
         finally:
             os.close(fd)
@@ -601,31 +547,10 @@ def _read_bytes(path: str, status: os.stat_result) -> bytes:
     except OSError as error:
         if error.errno in _NO_RESOURCES:
             raise
-        raise _BadRecord(f"cannot be read ({error.strerror})") from error
+        raise BadRecord(f"cannot be read ({error.strerror})") from error
     if len(raw) > MAX_RECORD_BYTES:
-        raise _BadRecord(f"more than {MAX_RECORD_BYTES} bytes")
+        raise BadRecord(f"more than {MAX_RECORD_BYTES} bytes")
     return raw
-
-
-def _decode(name: str, raw: bytes) -> Record:
-    try:
-        record = _decoder.decode(raw)
-        check_instance(record.instance)
-    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, ConfigError) as error:
-        raise _BadRecord(str(error)) from error
-    if record_name(record.instance) != name:
-        raise _BadRecord(f"its contents belong under the name {record_name(record.instance)}")
-    if _deeper_than(record.instance.metadata, _MAX_DEPTH):
-        raise _BadRecord(f"its metadata is nested more than {_MAX_DEPTH} levels deep")
-    return record
-
-
-def _deeper_than(value: Any, levels: int) -> bool:
-    if isinstance(value, dict):
-        return levels == 0 or any(_deeper_than(v, levels - 1) for v in value.values())
-    if isinstance(value, list):
-        return levels == 0 or any(_deeper_than(v, levels - 1) for v in value)
-    return False
 
 
 def _unusable(path: str, why: str, *, phase: str = "config", details: dict[str, Any] | None = None) -> ConfigError:

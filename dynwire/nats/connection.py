@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -44,6 +45,9 @@ FAST_VERSIONS = (2, 16)
 FIRST_RETRY_S = 0.05
 LAST_RETRY_S = 0.8
 """between two rounds through the servers; with an attempt on top a server is found within a second of being ready"""
+
+DENIALS = 1000
+"""subjects whose refusal is logged, each once; they may be made up without end"""
 
 MAX_PINGS = 2
 FLUSH_S = 1.0
@@ -88,12 +92,39 @@ class _Credentials(NamedTuple):
         return f"_Credentials(kind={self.kind!r})"
 
 
+class _Asked:
+    """A subscription that the server has not confirmed. A refusal names its subject only, and nats-py writes that small."""
+
+    def __init__(self, subject: str) -> None:
+        self.subject = subject
+        self.denied = False
+
+
+@functools.cache
 def _import_client() -> type[Client]:
     try:
         from nats.aio.client import Client
+        from nats.errors import Error
     except ImportError as error:
         raise ConfigError(INSTALL, name="nats", allowed="pip install 'dynwire[nats]'") from error
-    return Client
+
+    class LastingClient(Client):
+        """Connects anew where nats-py closes for good: after any error of the server but a refused permission.
+
+        Users are revoked and connections limited by people, who also take it back. In a version of nats-py without these
+        methods nothing is overridden, and the connection ends.
+        """
+
+        async def _process_err(self, err_msg: str) -> None:
+            text = err_msg.strip("'")
+            if "permissions violation" in text:
+                await super()._process_err(err_msg)
+                return
+            error = Error(f"nats: {text}")
+            await self._error_cb(error)
+            await self._process_op_err(error)
+
+    return LastingClient
 
 
 def _credentials(config: NatsConfig) -> _Credentials:
@@ -201,6 +232,7 @@ class NatsConnection:
         self._connecting: asyncio.Task[None] | None = None
         self._closing = False
         self._keeper: AsyncGenerator[None, None] | None = None
+        self._ended = False
         self._callbacks: list[StateCallback] = []
         self._waiters: list[asyncio.Future[None]] = []
         self._last_error: BaseException | None = None
@@ -211,6 +243,7 @@ class NatsConnection:
         self._reconnecting: set[asyncio.Task[Any]] = set()
         self._place = self._url = ""
         self._denied: set[str] = set()
+        self._subscribing: list[_Asked] = []
         self._credentials = _credentials(config)
         self.client: Client = _import_client()()
         fast = _use_fast_port(config)
@@ -240,8 +273,7 @@ class NatsConnection:
         connection = _shared.get((loop, config))
         if connection is None or connection._closing:
             connection = cls(config, purpose)
-            limit = config.connect_timeout if timeout is None else min(timeout, config.connect_timeout)
-            connection._connecting = loop.create_task(connection._connect(limit))
+            connection._connecting = loop.create_task(connection._connect(config.connect_timeout))
             _shared[(loop, config)] = connection
         connection._references += 1
         connecting = connection._connecting
@@ -256,7 +288,7 @@ class NatsConnection:
             await connection._abandon()
             if done:
                 connecting.result()
-            raise connection._connect_error(timeout)
+            raise connection._given_up(f"{timeout:.3g} s")
         return connection
 
     async def _abandon(self) -> None:
@@ -278,15 +310,18 @@ class NatsConnection:
     async def release(self) -> None:
         """Give the connection back. The last one waits (1 s) until the server has what was published, and closes it."""
         self._references -= 1
-        if self._references > 0 or self._closing:
+        if self._references > 0 or self._ended:
             return
         self._forget()
-        if self.up:
-            with contextlib.suppress(*_nats_errors()):
-                await self.client.flush(timeout=FLUSH_S)  # type: ignore[arg-type]  # seconds, also fractions
-        await self._close()
+        try:
+            if self.up:
+                with contextlib.suppress(*_nats_errors()):
+                    await self._flush(FLUSH_S)
+        finally:
+            await self._close()
 
     async def _close(self) -> None:
+        self._ended = True
         self.port.close_for_good()
         try:
             async with asyncio.timeout(CLOSE_S):
@@ -310,9 +345,7 @@ class NatsConnection:
     def _options(self) -> dict[str, Any]:
         config = self.config
         options: dict[str, Any] = {
-            "servers": list(
-                config.servers if self._credentials.kind != "url" or not self._credentials.options else _bare(config)
-            ),
+            "servers": _bare(config) if self._credentials.kind == "url" and self._credentials.options else list(config.servers),
             "name": self._name,
             "error_cb": self._on_error,
             "disconnected_cb": self._on_disconnected,
@@ -350,7 +383,7 @@ class NatsConnection:
                 self._forget()
                 await self._close()
         if connecting.cancelled():
-            raise self._connect_error(timeout)
+            raise self._given_up(f"{timeout:.3g} s, DYNWIRE_NATS_CONNECT_TIMEOUT")
         error = connecting.exception()
         if error is not None:
             if isinstance(error, _HopelessError):
@@ -413,12 +446,11 @@ class NatsConnection:
             text = "it did not answer in time"
         return _chained(ConnectError(f"no connection to NATS at {at}: {text}", peer=self.servers), error)
 
-    def _connect_error(self, timeout: float | None) -> DynwireError:
+    def _given_up(self, after: str) -> DynwireError:
         error = self._translated()
-        if type(error) is not ConnectError or self._failures == 0 or timeout is None:
+        if type(error) is not ConnectError:
             return error
-        waited = f"{error} (given up after {timeout:.3g} s, DYNWIRE_NATS_CONNECT_TIMEOUT)" if self.config.wait else str(error)
-        return _chained(ConnectError(waited, peer=self.servers), error.__cause__)
+        return _chained(ConnectError(f"{error} (given up after {after})", peer=self.servers), error.__cause__)
 
     def _next_server(self, pool: list[Server], info: Mapping[str, Any]) -> tuple[Server | None, float]:
         """Which server to try next, and after how long. nats-py asks before every attempt to reconnect."""
@@ -445,6 +477,13 @@ class NatsConnection:
             return
         if self._closing:
             return
+        if self.client.is_connected and not isinstance(error, OSError):
+            if not isinstance(error, _nats_errors()):
+                logger.error("a callback of a NATS subscription has failed", exc_info=error)
+                return
+            if type(error).__name__ == "SlowConsumerError":
+                logger.warning("nats-py dropped a message, because its subscriber does not keep up: %s", error)
+                return
         self._last_error = error
         self._failures += 1
         if not self.port.fast and not self.client.is_connected:
@@ -457,6 +496,9 @@ class NatsConnection:
 
     async def _on_disconnected(self) -> None:
         if self._closing or self._connecting is None or not self._connecting.done():
+            return
+        if not self.client.is_reconnecting:  # closed, by whoever; this is then their task
+            self.port.go_away()
             return
         task = asyncio.current_task()
         assert task is not None
@@ -492,7 +534,7 @@ class NatsConnection:
             logger.info("connected to NATS at %s again", self._url)
 
     async def _on_closed(self) -> None:
-        if not self._closing:  # nats-py gave up, which only its plain form does
+        if not self._closing:  # nats-py gave up, which another version of it may do
             self._forget()
             error = self._translated()
             logger.error("nats-py has closed the connection to NATS at %s: %s", self.servers, error)
@@ -508,26 +550,46 @@ class NatsConnection:
         else:
             logger.warning("the NATS server %s is going to stop, and no other one is known (NATS_SERVER)", self.url)
 
-    def _on_denied(self, operation: str, subject: str) -> None:
-        """The server refused one operation: the connection stays."""
-        error = PermissionDenied(
-            f"the NATS server {self.url} does not allow this user to {'publish' if operation == 'publish' else 'subscribe'} to "
-            f"{subject!r}",
+    def _refusal(self, operation: str, subject: str) -> PermissionDenied:
+        verb = "publish" if operation == "publish" else "subscribe"
+        return PermissionDenied(
+            f"the NATS server {self.url} does not allow this user to {verb} to {subject!r}",
             phase="send" if operation == "publish" else "subscribe",
             peer=self.url,
             details={"operation": operation, "subject": subject},
         )
+
+    def _on_denied(self, operation: str, subject: str) -> None:
+        """The server refused one operation: the connection stays."""
+        error = self._refusal(operation, subject)
+        for asked in self._subscribing:
+            if operation == "subscription" and asked.subject == subject.lower():
+                asked.denied = True
         key = f"{operation} {subject.lower()}"
-        if key not in self._denied:
+        if key not in self._denied and len(self._denied) < DENIALS:
+            self._denied.add(key)
             logger.warning("%s", error)
-            if len(self._denied) < 1000:  # subjects may be made up without end
-                self._denied.add(key)
         self.port.refused(error)
+
+    def denied(self, operation: str, subject: str) -> PermissionDenied | None:
+        """The error for an operation (``publish`` or ``subscribe``) that the server has refused before; None if it has not.
+
+        The server says so at some time after the operation. For those who wait for an answer that cannot come.
+        """
+        verb, key = ("publish", "publish") if operation == "publish" else ("subscribe", "subscription")
+        if f"{key} {subject.lower()}" not in self._denied:
+            return None
+        return PermissionDenied(
+            f"the NATS server {self.url} does not allow this user to {verb} to {subject!r}",
+            phase="send" if operation == "publish" else "subscribe",
+            peer=self.url,
+            details={"operation": operation, "subject": subject},
+        )
 
     def _tell(self, state: int, error: BaseException | None) -> None:
         self._wake()
-        for callback in list(self._callbacks):
-            callback(state, error)
+        for callback in self._callbacks:
+            self._loop.call_soon(callback, state, error)  # not in nats-py's task, which an exception would end
 
     def _wake(self) -> None:
         waiters, self._waiters = self._waiters, []
@@ -558,7 +620,7 @@ class NatsConnection:
         return min(self.port.max_payload, PLANE_MAX_PAYLOAD)
 
     def on_state(self, callback: StateCallback) -> Callable[[], None]:
-        """Call ``callback(state, error)`` on every change (`_natsproto.UP`, DOWN, CLOSED). Returns what ends it."""
+        """Call ``callback(state, error)`` from the loop on every change (`_natsproto.UP`, DOWN, CLOSED). Returns what ends it."""
         self._callbacks.append(callback)
 
         def remove() -> None:
@@ -579,7 +641,7 @@ class NatsConnection:
                     self._waiters.append(future)
                     await future
         except TimeoutError as error:
-            raise self._connect_error(limit) from error
+            raise self._given_up(f"{limit:.3g} s") from error
 
     async def subscribe(self, subject: str, sink: MessageSink, queue: str = "") -> PortSubscription:
         """Deliver messages of ``subject`` to ``sink``, from now until ``unsubscribe()`` of the result, across reconnects.
@@ -590,34 +652,49 @@ class NatsConnection:
         """
         if self.port.state == CLOSED:
             raise ManagerClosed("the connection to NATS is closed", peer=self.servers)
-        key = f"subscription {subject.lower()}"
-        self._denied.discard(key)
+        asked = _Asked(subject.lower())
+        self._subscribing.append(asked)
         try:
             subscription = await self.port.subscribe(subject, sink, queue)
+            try:
+                await self._confirm()
+                if asked.denied:
+                    raise self._refusal("subscription", subject)
+            except BaseException:
+                subscription.unsubscribe()
+                raise
         except _nats_errors() as error:
             if type(error).__name__ == "BadSubjectError":
                 raise ConfigError(f"{subject!r} is not a NATS subject", name="subject", value=subject) from error
             self._last_error = error
             raise self._translated() from error
+        finally:
+            self._subscribing.remove(asked)
+        return subscription
+
+    async def finish(self, subscription: PortSubscription) -> None:
+        """Unsubscribe after what the server had sent so far has been delivered, or at once if the connection does not work."""
+        subscription.stop()
+        try:
+            with contextlib.suppress(DynwireError):
+                await self._confirm()
+        finally:
+            subscription.unsubscribe()
+
+    async def _flush(self, timeout: float) -> None:
+        """Wait until the server has everything that was published or told to nats-py. Raises nats-py's errors."""
+        async with asyncio.timeout(timeout):
+            await self.port.settle()
+            await self.client.flush(timeout=timeout)  # type: ignore[arg-type]  # seconds, also fractions
+
+    async def _confirm(self) -> None:
+        """Wait until the server has done what it was told. Without a connection there is nothing to wait for."""
         if self.up:
             try:
-                await self.client.flush(timeout=self.config.connect_timeout)  # type: ignore[arg-type]
+                await self._flush(self.config.connect_timeout)
             except _nats_errors() as error:
                 if self.up:
-                    subscription.unsubscribe()
                     raise ConnectError(f"the NATS server {self.url} did not answer to a subscription", peer=self.url) from error
-            except asyncio.CancelledError:
-                subscription.unsubscribe()
-                raise
-            if key in self._denied:
-                subscription.unsubscribe()
-                raise PermissionDenied(
-                    f"the NATS server {self.url} does not allow this user to subscribe to {subject!r}",
-                    phase="subscribe",
-                    peer=self.url,
-                    details={"operation": "subscription", "subject": subject},
-                )
-        return subscription
 
 
 def _nats_errors() -> tuple[type[Exception], ...]:

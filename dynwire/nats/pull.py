@@ -250,7 +250,7 @@ class QueueConsumer:
     async def _end_subscription(self) -> None:
         subscription, self._subscription = self._subscription, None
         if subscription is not None:
-            await subscription.drain()
+            await self._connection.finish(subscription)
 
     def _on_state(self, state: int, error: BaseException | None) -> None:
         # What we published last may be lost, and replies with it: then a further delivery is to be run.

@@ -42,6 +42,7 @@ PORT_TRIES = 10
 TAIL_LINES = 15
 ANSWER_S = 10.0
 """Longer than the supervisor takes for anything but waiting, on a busy machine"""
+HOUR_S = 3600.0
 
 _SUPERVISOR = Path(__file__).with_name("_supervisor.py")
 
@@ -370,9 +371,15 @@ class NatsServer:
         """Read the configuration file again (SIGHUP)."""
         self._ask("signal", number=signal.SIGHUP)
 
-    def wait_ended(self, timeout: float) -> int:
-        """Wait until it has ended by itself, and return its exit code. Raises `ConnectError` after ``timeout`` seconds."""
-        state = self._ask("wait", wait=timeout, timeout=timeout)
+    def wait_ended(self, timeout: float | None = None) -> int:
+        """Wait until it has ended by itself, and return its exit code. Raises `ConnectError` after ``timeout`` seconds.
+
+        Other threads' calls wait as well, so that nothing but a signal or a client ends it.
+        """
+        step = HOUR_S if timeout is None else timeout
+        state = self._ask("wait", wait=step, timeout=step)
+        while state["pid"] is not None and timeout is None:
+            state = self._ask("wait", wait=step, timeout=step)
         if state["pid"] is not None:
             raise ConnectError(f"nats-server {self.url} still runs after {timeout:g} s", phase="stop", peer=self.url)
         code: int = state["code"]
@@ -446,8 +453,7 @@ class NatsServer:
         where = _authority(self.host, self._port)
         if any(IN_USE in line or "can't assign requested address" in line.lower() for line in lines):
             return BindError(
-                f"nats-server cannot listen on {where}: the address is in use or not of this host; choose another port "
-                f"(port 0 takes a free one); {printed}",
+                f"nats-server cannot listen on {where}: the address is in use or not one of this host's; {printed}",
                 address=where,
             )
         if state["pid"] is None:

@@ -31,6 +31,11 @@ class AsyncItemStream(ABC):
     def __anext__(self) -> Awaitable[Any]:
         """Next item; raises `StopAsyncIteration` at the end and a typed error (`PeerLost` with ``delivered``, …) otherwise."""
 
+    @property
+    def ready(self) -> bool:
+        """True if `__anext__` has something to return or to raise at once. False says nothing: it may still not have to wait."""
+        return False
+
     @abstractmethod
     def close(self) -> None:
         """Give up: kills the handler if it still runs, drops queued items. Never blocks; may be called twice."""
@@ -168,8 +173,8 @@ class AsyncRequestPlaneServer(ABC):
     def add_endpoint(self, endpoint: str, handler: Handler) -> None:
         """Serve ``namespace.component.endpoint``. Raises `ConfigError` if it is already served."""
 
-    async def endpoint_ready(self, endpoint: str) -> None:  # noqa: B027  # most planes have nothing to wait for
-        """Wait until the endpoint takes requests, where that needs more than `add_endpoint`; raises why it never will."""
+    async def endpoint_added(self, endpoint: str) -> None:  # noqa: B027  # nothing to do is what most want
+        """Wait until requests to an endpoint that was just added can come. Most planes have nothing to wait for."""
 
     @abstractmethod
     async def remove_endpoint(self, endpoint: str, grace: float = 0.0) -> int:

@@ -217,6 +217,10 @@ class _Inbox:
             limits.append((since + self.timeouts.between_items, "between_items", self.timeouts.between_items))
         return min(limits, default=None)
 
+    @property
+    def ready(self) -> bool:
+        return bool(self._items) or self.outcome is not None
+
     async def next(self) -> tuple[int, Any]:
         if not self._items and self.outcome is None:
             await self._wait()
@@ -273,6 +277,10 @@ class MemoryItemStream(AsyncItemStream):
     async def __anext__(self) -> Any:
         kind, data = await self._inbox.next()
         return unpack(kind, data, self._reply_type)
+
+    @property
+    def ready(self) -> bool:
+        return self._inbox.ready
 
     def close(self) -> None:
         inbox = self._inbox

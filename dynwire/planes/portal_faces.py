@@ -1,11 +1,17 @@
-"""Blocking faces for planes whose own code is asyncio only: every call goes through the portal's event loop."""
+"""Blocking faces for planes whose own code is asyncio only: every call goes through the portal's event loop.
+
+The way there and back is `dynwire._portal`. A plane's calls and streams are fast here if they are those of `dynwire._awaitable`;
+any other awaitable costs a task, any other stream a hop to the loop for each item.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
-from .._context import Context
+from .. import _awaitable
+from .._context import Context, current_context
+from .._portal import OPEN_STREAM, ThreadItems
 from ..calls import effective_context, new_request_id
 from ..errors import PlaneMismatch
 from ..portal import Portal
@@ -42,8 +48,11 @@ class _Bridge:
         self.outer._bind(None)
 
 
+ItemStream.register(ThreadItems)
+
+
 class PortalItemStream(ItemStream):
-    """Blocking face of an `AsyncItemStream`."""
+    """Blocking face of an `AsyncItemStream` of any kind."""
 
     def __init__(self, portal: Portal, items: AsyncItemStream, bridge: _Bridge) -> None:
         self._portal = portal
@@ -97,37 +106,54 @@ class PortalChannel(Channel):
         self, payload: Any, timeouts: Timeouts | float | None = None, reply_type: Any = None, context: Context | None = None
     ) -> Any:
         if context is None:
-            return self._portal.run(self._call, payload, timeouts, reply_type, None)
+            if current_context() is not None:
+                context = effective_context(None)  # the loop does not see what this thread's calls inherit
+            return self._portal.hub.call(self, payload, timeouts, reply_type, context)
         bridge = _Bridge(self._portal, context)
         try:
-            return self._portal.run(self._call, payload, timeouts, reply_type, bridge.inner)
+            return self._portal.hub.call(self, payload, timeouts, reply_type, bridge.inner)
         finally:
             bridge.end()
 
-    async def _call(self, payload: Any, timeouts: Timeouts | float | None, reply_type: Any, context: Context | None) -> Any:
-        channel = await self._connected(timeouts)
-        return await channel.call(payload, timeouts, reply_type, context)
-
-    async def _connected(self, timeouts: Timeouts | float | None) -> AsyncChannel:
-        channel = self._channel
-        if channel is None:
-            channel = self._channel = self._client.async_client().channel(self.instance)
-        if not channel.ready:
-            await channel.connect(timeouts.connect if isinstance(timeouts, Timeouts) else timeouts)
-        return channel
-
     def stream(
         self, payload: Any, timeouts: Timeouts | float | None = None, reply_type: Any = None, context: Context | None = None
-    ) -> PortalItemStream:
+    ) -> ItemStream:
         bridge = _Bridge(self._portal, context)
-        return self._portal.run(self._stream, payload, timeouts, reply_type, bridge)
-
-    async def _stream(
-        self, payload: Any, timeouts: Timeouts | float | None, reply_type: Any, bridge: _Bridge
-    ) -> PortalItemStream:
-        channel = await self._connected(timeouts)
-        items = channel.stream(payload, timeouts, reply_type, bridge.inner)
+        hub = self._portal.hub
+        try:
+            items = hub.open_stream(self, payload, timeouts, reply_type, bridge.inner)
+        except BaseException:
+            bridge.end()
+            raise
+        if type(items) is _awaitable.ItemStream:
+            found: ItemStream = ThreadItems(hub, items, bridge)  # type: ignore[assignment]  # registered above
+            return found
         return PortalItemStream(self._portal, items, bridge)
+
+    # Called by the hub, on the loop
+
+    def _connect_first(
+        self, kind: int, payload: Any, timeouts: Timeouts | float | None, reply_type: Any, context: Context | None
+    ) -> Coroutine[Any, Any, Any]:
+        """Connect, then call or open a stream."""
+        if self._channel is None:
+            self._channel = self._client.async_client().channel(self.instance)
+        return self._connect_and(kind, self._channel, payload, timeouts, reply_type, context)
+
+    async def _connect_and(
+        self,
+        kind: int,
+        channel: AsyncChannel,
+        payload: Any,
+        timeouts: Timeouts | float | None,
+        reply_type: Any,
+        context: Context | None,
+    ) -> Any:
+        if not channel.ready:
+            await channel.connect(timeouts.connect if isinstance(timeouts, Timeouts) else timeouts)
+        if kind == OPEN_STREAM:
+            return channel.stream(payload, timeouts, reply_type, context)
+        return await channel.call(payload, timeouts, reply_type, context)
 
 
 class PortalClient(RequestPlaneClient):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import sys
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -36,13 +38,30 @@ async def wait(request: Any) -> None:
     await asyncio.get_running_loop().create_future()
 
 
+async def first(request: Any) -> AsyncIterator[bytes]:
+    """One item, and then nothing for ever."""
+    yield b"x"
+    await asyncio.get_running_loop().create_future()
+
+
+counted = itertools.count(1)
+
+
+async def count(request: Any) -> int:
+    """How many requests have been here so far, this one included. It keeps the loop busy for a while."""
+    until = time.perf_counter() + 0.0005
+    while time.perf_counter() < until:
+        pass
+    return next(counted)
+
+
 async def size(request: dynwire.Payload) -> int:
     return len(request)
 
 
 async def main(settings: dict[str, Any]) -> None:
     manager = dynwire.AsyncNetworkManager(request_plane="http", http_host="127.0.0.1", http_port=0, **settings)
-    for handler in (echo, endless, tokens, wait, size):
+    for handler in (echo, endless, tokens, wait, size, first, count):
         service = await manager.endpoint(f"a.t.{handler.__name__}").serve(handler)
     port = service.instance.address.rpartition(":")[2].partition("/")[0]
     os.write(1, f"ready {port}\n".encode())

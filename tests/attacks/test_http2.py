@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Callable
 
 import pytest
 
+from dynwire.planes.http.offenders import PAUSE_S
 from tests.http2 import frames as f
 from tests.http2.malformed import MALFORMED
 
-from .conftest import RAW, Server, fields, get, request
+from .conftest import RAW, Server, Victim, fields, get, request
 
 StartServer = Callable[..., Server]
 CALM = "ENHANCE_YOUR_CALM"
@@ -22,6 +25,62 @@ def test_rapid_reset(server: Server) -> None:
     server.flood(attacker, (request(sid, "wait", end=True) + f.rst_stream(sid) for sid in range(1, 40_001, 2)))
     assert attacker.goaway() == (CALM, b"too_many_resets")
     server.check()
+
+
+def test_rapid_reset_of_what_is_answered_at_once(server: Server) -> None:
+    """The head of the reply is sent while the reset is waiting to be read: the peer cannot have seen it."""
+    attacker = server.attacker()
+    server.flood(attacker, (request(sid, "endless", end=True) + f.rst_stream(sid) for sid in range(1, 40_001, 2)))
+    assert attacker.goaway() == (CALM, b"too_many_resets")
+    server.check()
+
+
+def test_a_client_that_gives_up_many_streams(server: Server) -> None:
+    """Each after its first item, 4,000 on one connection."""
+    client = server.attacker()
+    for begin in range(1, 8001, 200):
+        sids = range(begin, begin + 200, 2)
+        client.send(f.window_update(0, 65536), *(request(sid, "first", end=True) for sid in sids))
+        client.until(lambda: sum(frame.type == f.DATA for frame in client.frames) == 100)
+        client.send(*map(f.rst_stream, sids))
+        client.frames.clear()
+    client.alive()
+    server.victim.call()
+
+
+def test_reconnecting(server: Server) -> None:
+    """A new connection is no new budget: those of an attacker last for fewer and fewer streams, and are read late."""
+    seen = []
+    for _ in range(7):
+        began = time.monotonic()
+        attacker = server.attacker()
+        waited = time.monotonic() - began
+        attacker.send(b"".join(request(sid, "wait", end=True) + f.rst_stream(sid) for sid in range(1, 4001, 2)))
+        assert attacker.goaway() == (CALM, b"too_many_resets")
+        goaway = next(frame for frame in attacker.frames if frame.type == f.GOAWAY)
+        seen.append((int.from_bytes(goaway.payload[:4], "big") + 1) // 2 - 1)
+        assert waited >= PAUSE_S or len(seen) <= 2
+        server.victim.call()
+    # some come back while time passes
+    assert all(least <= n < least * 1.2 + 34 for n, least in zip(seen, [1000, 500, 250, 125, 62, 62, 62], strict=True)), seen
+    with Victim(server.port) as other:  # from the same address, and late too
+        for _ in range(100):
+            other.call()
+    server.check()
+
+
+def test_others_have_their_turn(server: Server) -> None:
+    """1,000 requests of one connection, half a second of work, are there when another connection asks."""
+    flooding, other = server.attacker(), server.attacker()
+    server.victim.call()
+    os.kill(server.process.pid, signal.SIGSTOP)
+    try:
+        flooding.send(b"".join(request(sid, "count", end=True) for sid in range(1, 2001, 2)), read=False)
+        other.send(request(1, "count", RAW[0], (b"accept", b"application/json"), end=True))
+    finally:
+        os.kill(server.process.pid, signal.SIGCONT)
+    assert int(other.body(1)) < 300
+    flooding.body(1999)
 
 
 MADE = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import signal
@@ -154,6 +155,10 @@ def test_paused() -> None:
             assert server.running
         assert state(server.pid) != "T"
         assert greeting(server)
+        server.pause()
+        server.shut_down()
+        assert server.exit_code != -signal.SIGKILL, "an orderly end, although it was paused"
+        server.start()
         server.pause()  # and stopped like that
         pid = server.pid
         assert pid is not None
@@ -403,7 +408,13 @@ signal.pause()
 @contextlib.contextmanager
 def parent(*how: str) -> Iterator[tuple[subprocess.Popen[str], int, int, str]]:
     """A program with a server: itself, nats-server's and the supervisor's process id, the directory."""
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "-c", PARENT, *how], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-W", "ignore", "-c", PARENT, *how],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     assert process.stdout is not None
     child = 0
     with process.stdout:
@@ -427,6 +438,12 @@ def test_ends_with_its_program(how: str) -> None:
             process.kill()
         process.wait()
         eventually(lambda: not runs(pid) and not runs(supervisor) and not os.path.exists(directory))
+
+
+def test_does_not_hear_ctrl_c() -> None:
+    """The terminal sends it to the whole process group; when the server ends is the program's decision."""
+    with parent() as (process, pid, supervisor, _):
+        assert not {os.getpgid(pid), os.getpgid(supervisor)} & {os.getpgid(process.pid), os.getpgid(0)}
 
 
 def test_ends_with_its_supervisor() -> None:
@@ -485,12 +502,20 @@ def test_ended_by_itself_is_noticed() -> None:
 
 def test_cluster() -> None:
     async def body(client: Any) -> int:
-        await client.jetstream().add_stream(name="three", subjects=["three"], num_replicas=3)
-        await client.jetstream().publish("three", b"1")
+        jetstream = client.jetstream(timeout=WAIT_S)
+        await jetstream.add_stream(name="three", subjects=["three"], num_replicas=3)
+        await jetstream.publish("three", b"1")
         return len(client.servers)
 
     async def read(client: Any) -> int:
-        return int((await client.jetstream().get_last_msg("three", "three")).seq)
+        import nats.errors
+
+        async with asyncio.timeout(WAIT_S):
+            while True:
+                try:
+                    return int((await client.jetstream(timeout=1.0).get_last_msg("three", "three")).seq)
+                except nats.errors.Error:  # the stream has no leader yet
+                    continue
 
     with NatsCluster(3, jetstream=True) as cluster:
         urls = cluster.url.split(",")
@@ -514,13 +539,16 @@ def test_cluster_that_does_not_form() -> None:
     assert not any(server.running for server in cluster.servers)
 
 
-def test_free_ports() -> None:
+def test_free_ports(monkeypatch: pytest.MonkeyPatch) -> None:
     first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
     ports = [free_port() for _ in range(50)]
     assert len(set(ports)) == 50
     if first > 16000 or last < 64535:
         assert not any(first <= port <= last for port in ports), "the kernel could give it away"
-    shares = [{free_port(share=(n, 3)) for _ in range(50)} for n in range(3)]
+    shares = []
+    for number in range(3):  # three processes that count from the same number
+        monkeypatch.setattr(server_module, "_numbers", itertools.count(1000))
+        shares.append({free_port(share=(number, 3)) for _ in range(50)})
     assert not shares[0] & shares[1] | shares[1] & shares[2] | shares[0] & shares[2]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         assert taken.getsockname()[1] not in ports

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 import dynwire
-
 from dynwire.nats.server import NatsServer, find_binary
 
 from .faces import Manager

@@ -38,9 +38,7 @@ def plane(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def program(
-    plane: str, discovery_dir: Path, tmp_path: Path, nats_url: str, monkeypatch: pytest.MonkeyPatch
-) -> list[str]:
+def program(plane: str, discovery_dir: Path, tmp_path: Path, nats_url: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A command line; the test writes the program itself with `write`."""
     monkeypatch.setenv("NATS_SERVER", nats_url)
     # Python 3.12 warns of fork() in a process with threads, which is what some of these programs are about.

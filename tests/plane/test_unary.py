@@ -224,6 +224,25 @@ async def test_phases_have_deadlines_of_their_own(managers: Managers, phase: str
         await ended.wait()
 
 
+async def test_a_reader_that_comes_back_late_waits_no_longer(managers: Managers) -> None:
+    """The gap is timed from when it waits, and nothing else happens on the connection then that would look at the time."""
+
+    async def stalls(request: Any) -> Any:
+        yield 1
+        await asyncio.get_running_loop().create_future()
+
+    quiet = ("tcp_keepalive_interval", "tcp_request_timeout", "http_keep_alive_interval")
+    async with managers(**dict.fromkeys(quiet, 3600.0)) as manager:
+        await manager.serve(PATH, stalls)
+        client = await manager.client(PATH)
+        async with client.stream(1, timeout=dynwire.Timeouts(between_items=0.05)) as stream:
+            assert await stream.next() == 1
+            await asyncio.sleep(0.01)
+            with pytest.raises(dynwire.DeadlineExceeded) as caught:
+                await stream.next()
+        assert caught.value.phase == "between_items"
+
+
 async def test_the_default_timeout_is_a_setting(managers: Managers) -> None:
     async def never(request: Any) -> None:
         await asyncio.get_running_loop().create_future()

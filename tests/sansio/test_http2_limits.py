@@ -77,12 +77,6 @@ def repeated(*frames: bytes, first: bytes = b"") -> Attack:
     return attack
 
 
-def tiny_data() -> Iterator[bytes]:
-    yield f.headers(1, h.POST_BLOCK)
-    while True:
-        yield f.data(1, b"x")
-
-
 OPEN = f.headers(1, h.POST_BLOCK)
 ENDED = f.headers(1, h.POST_BLOCK) + f.rst_stream(1)
 
@@ -107,7 +101,6 @@ ATTACKS: dict[str, tuple[Attack, str, int, dict[str, int]]] = {
     "ping-acks": (repeated(f.ping(ack=True)), "too_many_pings", 10020, {}),
     "empty-data": (repeated(f.data(1), first=OPEN), "too_many_data_frames", 102, {}),
     "padding-only": (repeated(f.data(1, pad=20), first=OPEN), "too_many_data_frames", 102, {}),
-    "tiny-data": (tiny_data, "too_many_small_data_frames", 1010, {"tiny_data": 256 * 1000}),
     "priorities": (repeated(f.priority(5)), "too_many_priorities", 10020, {}),
     "window-updates": (repeated(f.window_update(0, 1)), "too_many_window_updates", 10020, {}),
     "window-updates-on-a-stream": (repeated(f.window_update(1, 1), first=OPEN), "too_many_window_updates", 10020, {}),
@@ -189,6 +182,62 @@ def test_buckets_fill_again() -> None:
     assert not conn.dead
     events = conn.receive(f.headers(sid, h.GET_BLOCK, end=True) + f.rst_stream(sid), now)
     assert events[-1] == ("error", f.ENHANCE_YOUR_CALM, "too_many_resets")
+
+
+def reset_all(conn: Http2Connection, first: int, count: int, now: float = 0.0) -> int:
+    """How many of these streams can be opened and reset at once before the connection ends."""
+    for number in range(count):
+        sid = first + 2 * number
+        conn.receive(f.headers(sid, h.GET_BLOCK, end=True) + f.rst_stream(sid), now)
+        conn.output()
+        if conn.dead:
+            return number
+    return count
+
+
+def test_giving_up_what_has_been_answered_is_free() -> None:
+    """A client that reads the beginning of its streams: more of them than any budget has."""
+    conn = h.server()
+    for sid in range(1, 10_001, 2):
+        conn.receive(f.headers(sid, h.GET_BLOCK, end=True))
+        conn.send_headers(sid, h.OK)
+        conn.send_data(sid, b"first item")
+        conn.output()
+        assert ("reset", sid, f.CANCEL, True) in conn.receive(f.rst_stream(sid))
+    assert reset_all(conn, 10_001, 2000) == 1000, "the budget is untouched, and there still is one"
+
+
+def test_a_reset_after_the_end_is_free() -> None:
+    conn = h.server()
+    for sid in range(1, 10_001, 2):
+        conn.receive(f.headers(sid, h.GET_BLOCK, end=True))
+        conn.send_headers(sid, h.OK, True)
+        conn.output()
+        assert ("reset", sid, f.CANCEL, True) not in conn.receive(f.rst_stream(sid))
+    assert reset_all(conn, 10_001, 2000) == 1000
+
+
+def test_giving_up_after_a_second_is_free() -> None:
+    """Deadlines of callers that a slow handler has not answered in time."""
+    conn = h.server()
+    now, sid = 0.0, 1
+    for _ in range(20):
+        sids = range(sid, sid + 1000, 2)
+        conn.receive(b"".join(f.headers(sid, h.GET_BLOCK, end=True) for sid in sids), now)
+        now += 1.0
+        conn.receive(b"".join(f.rst_stream(sid) for sid in sids), now)
+        sid += 1000
+    assert not conn.dead and conn.live == 0
+    assert reset_all(conn, sid, 2000, now) == 1000
+
+
+def test_less_to_begin_with() -> None:
+    """What a server does with peers from where it was abused; the budgets fill up at the usual rate."""
+    assert reset_all(h.server(leniency=1 / 16), 1, 2000) == 62
+    conn = Http2Connection("server", leniency=1 / 16)
+    conn.start(1000.0)
+    conn.receive(f.PREFACE + f.settings() + f.SETTINGS_ACK, 1000.0)
+    assert reset_all(conn, 1, 2000, 1010.0) == 62 + 330
 
 
 def test_a_handler_keeps_its_slot_until_it_has_stopped() -> None:
@@ -285,18 +334,40 @@ def test_100000_tiny_frames_that_are_read_slowly() -> None:
     assert sent == 100000
 
 
-def test_the_budget_of_tiny_frames_comes_back_by_reading() -> None:
-    conn = h.server(tiny_data=255 * 100)
+def test_three_answers_in_tokens_of_which_nothing_is_read() -> None:
+    """All of it fits the windows, so it may come; the engine keeps nothing of it."""
+    conn = h.client()
+    sids = [h.opened(conn, end=True) for _ in range(3)]
+    for sid in sids:
+        conn.receive(f.headers(sid, h.OK_BLOCK))
+    batches = [f.data(sid, b"\0\0\0\0\1x") * 1000 for sid in sids]
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(100):
+            for batch in batches:
+                assert conn.receive(batch)[-1][0] == "data"
+                conn.output()
+        memory = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert conn.ledger()["unread"] == 3 * 600_000
+    assert memory < 100_000
+    for sid in sids:
+        conn.consumed(sid, 600_000)
+        assert conn.receive(f.data(sid, b"x", end=True))[-1] == ("closed", sid)
+
+
+def test_tiny_frames_beyond_the_window() -> None:
+    """What bounds them: nothing is granted again before it is read."""
+    conn = h.server(stream_window=65535)
     conn.receive(f.headers(1, h.POST_BLOCK))
-    for _ in range(50):
-        conn.receive(f.data(1, b"x") * 90)
-        conn.consumed(1, 90)
-        assert not conn.dead
-    conn.receive(f.data(1, b"x") * 100)
-    conn.consumed(1, 50)
-    conn.receive(f.data(1, b"x") * 50)
-    assert not conn.dead
-    assert h.error(conn, f.data(1, b"x"))[1] == "too_many_small_data_frames"
+    for _ in range(65):
+        conn.receive(f.data(1, b"x") * 1000)
+    conn.receive(f.data(1, b"x") * 535)
+    assert h.frames(conn) == []
+    conn.receive(f.data(1, b"x"))
+    assert h.resets(conn) == [(1, f.FLOW_CONTROL_ERROR)]
 
 
 def test_window_updates_that_answer_our_data_are_free() -> None:
@@ -322,6 +393,21 @@ def test_nothing_is_kept_of_a_connection_that_has_failed() -> None:
     conn.ping(bytes(8))
     conn.goaway()
     assert conn.output() == b"" and conn.next_wakeup == float("inf") and conn.on_time(1e9) == []
+
+
+def test_there_is_no_room_after_a_failure() -> None:
+    """Or a handler that produces without end would go on for ever: nothing that it sends fills anything."""
+    conn = h.server((f.INITIAL_WINDOW_SIZE, 1 << 20))
+    for sid in (1, 3):
+        conn.receive(f.headers(sid, h.GET_BLOCK, end=True))
+        conn.send_headers(sid, h.OK)
+    while conn.room(1):
+        conn.send_data(1, bytes(60_000))
+    assert conn.room(3)
+    assert conn.receive(f.data(0))[-1][0] == "error"
+    assert not conn.room(3)
+    conn.output()
+    assert not conn.room(1) and ("room", 1) not in conn.events_now()
 
 
 def test_streams_leave_nothing_behind() -> None:

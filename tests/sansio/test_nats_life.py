@@ -240,6 +240,16 @@ def test_a_worker_that_does_not_answer() -> None:
     assert events[0][:3] == ("lost", number, "PeerLost") and "DYNWIRE_NATS_KEEPALIVE_TIMEOUT" in events[0][4]
 
 
+def test_a_client_that_stood_still_judges_nobody() -> None:
+    """Its timer runs before the answer that has been waiting in the socket is read."""
+    pair = Pair(client={"keepalive": 3.0})
+    number = pair.ask()
+    silence(pair)
+    assert pair.client.on_time(20.0) == []
+    pair.pass_on(20.0)
+    assert pair.client.on_time(23.5) == [] and pair.client.stream(number) is not None
+
+
 def test_an_answer_in_time_is_a_sign_of_life() -> None:
     pair = Pair(client={"keepalive": 3.0})
     pair.ask()

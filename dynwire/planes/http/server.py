@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 import socket
+import time
 from typing import Any
 
 from ..._httpio import HttpServerConnection
 from ..._version import __version__
 from ...config import Config
+from ...errors import DynwireError
 from ...wire import http_api
+from ..sockets.address import split_address
 from ..sockets.server import AsyncSocketServer
 from .address import HttpAddress, http2_limits
+from .offenders import PAUSE_S, Offenders, is_abuse
 from .tls import server_context
 
 _JSON_HEAD: http_api.Headers = [(b"content-type", http_api.JSON)]
@@ -36,6 +40,7 @@ class AsyncHttpServer(AsyncSocketServer):
         """pages that are the same for everybody, answered in compiled code"""
         self._tls = server_context(config)
         self._scheme = "http" if self._tls is None else "https"
+        self._offenders = Offenders()
 
     @property
     def port(self) -> int:
@@ -60,6 +65,25 @@ class AsyncHttpServer(AsyncSocketServer):
             tls=self._tls,
             **self._limits,
         )
+
+    def admit(self, connection: HttpServerConnection, host: str) -> None:
+        connection.leniency = self._offenders.leniency(host, time.monotonic())
+        if self._offenders.paused(connection.leniency):
+            # It is not read meanwhile, so whoever connects again and again costs next to nothing.
+            self._loop.call_later(PAUSE_S, self._open, connection)
+        else:
+            connection.open()
+
+    def _open(self, connection: HttpServerConnection) -> None:
+        if not connection.dead:
+            connection.open()
+
+    def _gone(self, connection: HttpServerConnection, error: DynwireError) -> None:
+        super()._gone(connection, error)
+        if is_abuse(error):
+            host = split_address(str(connection.peer))[0]
+            if self._offenders.note(host, time.monotonic()):
+                self._log.warning("%s; new connections from %s are read after %g s, with smaller budgets", error, host, PAUSE_S)
 
     # Pages -------------------------------------------------------------------------------------------------------------------
 

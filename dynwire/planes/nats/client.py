@@ -49,7 +49,9 @@ class AsyncNatsClient(AsyncRequestPlaneClient):
             raise ManagerClosed("the client is closed")
         check_plane(instance, self.plane)
         if is_queue(self._config, instance):
-            queue: AsyncChannel = QueueChannel(instance, self, self.link, NatsPeer(instance.address), self._options)
+            queue: AsyncChannel = QueueChannel(  # type: ignore[assignment]
+                instance, self, self.link, NatsPeer(instance.address), self._options
+            )
             return queue
         peer = self._peers.get(instance.address)
         if peer is None:
@@ -74,8 +76,9 @@ class AsyncNatsClient(AsyncRequestPlaneClient):
             # asked again after a while: a message may be lost
             await asyncio.wait((asked,), timeout=min(left, ASK_AGAIN_S))
             if asked.done():
-                if asked.result() is not None:
-                    raise asked.result()
+                error = asked.result()
+                if error is not None:
+                    raise error
                 return
             if self._closed:
                 raise ManagerClosed("the client is closed")

@@ -83,8 +83,15 @@ class AsyncNatsServer(EndpointServer):
             self._link.endpoints_changed()
             self._join(endpoint)
 
+    async def endpoint_added(self, endpoint: str) -> None:
+        task = self._queues.get(endpoint)
+        if task is not None:
+            await asyncio.wait((task,))
+        if self._durable is not None:
+            await self._durable.ready(endpoint)
+
     async def remove_endpoint(self, endpoint: str, grace: float = 0.0) -> int:
-        self._leave(endpoint)
+        await self._leave(endpoint)
         if self._durable is not None:
             await self._durable.stop(endpoint)
         killed = await super().remove_endpoint(endpoint, grace)
@@ -100,10 +107,6 @@ class AsyncNatsServer(EndpointServer):
         if self._durable is not None:
             self._durable.open(endpoint, self.entries[endpoint].max_in_flight)
 
-    async def endpoint_ready(self, endpoint: str) -> None:
-        if self._durable is not None:
-            await self._durable.ready(endpoint)
-
     async def _subscribe(self, endpoint: str) -> Any:
         assert self._connection is not None
         try:
@@ -112,14 +115,15 @@ class AsyncNatsServer(EndpointServer):
             logger.warning("%s is not served to the queue group %r: %s", endpoint, QUEUE_GROUP, error)
             return None
 
-    def _leave(self, endpoint: str) -> None:
+    async def _leave(self, endpoint: str) -> None:
         task = self._queues.pop(endpoint, None)
-        if task is None:
+        if task is None or self._connection is None:
             return
         if not task.done():
             task.cancel()
-        elif not task.cancelled() and task.result() is not None:
-            task.result().unsubscribe()
+            await asyncio.wait((task,))
+        elif task.result() is not None:
+            await self._connection.finish(task.result())
 
     def _kill(self, entry: EndpointEntry | None = None) -> int:
         return 0 if self._connection is None else self._link.kill_tasks(entry)
@@ -142,19 +146,20 @@ class AsyncNatsServer(EndpointServer):
             self._link.forget(ManagerClosed("the server was closed"))
             return
         entries = list(self.entries.values())
-        for endpoint in list(self._queues):
-            self._leave(endpoint)
         if self._durable is not None:
             await self._durable.stop()
         for entry in entries:
             entry.draining = True
         self._link.go_away()
+        for endpoint in list(self._queues):
+            await self._leave(endpoint)
         await self._wait_idle(entries, grace)
         if self._kill():
             await self._wait_idle(entries, KILLED_GRACE_S)
-        self._subscription.unsubscribe()
         if self._durable is not None:
             await self._durable.close()
+        # What had been sent before the NATS server heard of it is refused, not lost.
+        await connection.finish(self._subscription)
         self._link.close(ManagerClosed("the server was closed"))
         await connection.release()
         self.entries.clear()

@@ -31,6 +31,10 @@ class AsyncSocketServer(EndpointServer):
         """The compiled connection around an accepted socket, which it owns from now on."""
         raise NotImplementedError
 
+    def admit(self, connection: Any, host: str) -> None:
+        """Begin to serve an accepted connection; ``host`` is its peer's address."""
+        connection.open()
+
     def advertise(self, host: str, port: int) -> str:
         """The address that callers are told."""
         return join_address(host, port)
@@ -103,7 +107,7 @@ class AsyncSocketServer(EndpointServer):
             connection = self.make_connection(sock, peer)
             connection.on_closed = self._gone
             self._connections.add(connection)
-            connection.open()
+            self.admit(connection, str(sockaddr[0]))
             if self._hello_check is None:
                 self._hello_check = self._loop.call_later(HELLO_TIMEOUT_S, self._check_hellos, {connection})
 

@@ -1,0 +1,1 @@
+"""What engines share: the protocol between frontend and worker, model cards, tokenizers, registration."""
