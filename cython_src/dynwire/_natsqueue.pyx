@@ -1,9 +1,9 @@
 """Requests by way of a JetStream queue: what the nats plane's machine does otherwise in durable mode. Without I/O.
 
-A caller publishes the request to the queue of its endpoint, with its own inbox as the reply subject: there the queue confirms that
-the request is stored. The inbox stands in a header as well, because JetStream replaces the reply subject on the way to the worker.
-From there on a request is answered as any other, over NATS core. Every message of an answer carries the attempt that it belongs to,
-so that two workers that were given the same request cannot be confused.
+A caller publishes the request to the queue of its endpoint, with its own inbox as the reply subject: there the queue confirms
+that the request is stored. The inbox stands in a header as well, because JetStream replaces the reply subject on the way to the
+worker. From there on a request is answered as any other, over NATS core. Every message of an answer carries the attempt that it
+belongs to, so that two workers that were given the same request cannot be confused.
 
 docs/nats-wire.md specifies every byte, docs/nats.md what is promised.
 """
@@ -12,13 +12,9 @@ import functools
 
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.math cimport INFINITY
-from libc.string cimport memcmp
 
-from ._link cimport META_LIMIT, S_ACCEPTED, S_ENDED, S_PENDING, S_WRITTEN, S_ZOMBIE, StreamBase
-from ._natsproto cimport PORT_UP
+from ._link cimport META_LIMIT, S_ACCEPTED, S_ENDED, S_PENDING, S_WRITTEN, StreamBase
 from ._natswire cimport (
-    CALL_CREDIT,
-    FIRST_CREDIT,
     HEADERS_FOUND,
     HEADERS_NONE,
     HEADERS_STATUS,
@@ -33,15 +29,15 @@ from ._natswire cimport (
     parse_token,
 )
 
-from .errors import DeadlineExceeded, DynwireError, MessageTooLarge, PeerLost
+from .errors import DeadlineExceeded, DynwireError, PeerLost
 from .wire.faults import error_body
 
+# A worker names itself to the caller of a request whose handler is not done at once: then it can be cancelled, and looked after.
+# And it learns soon whether the caller is there at all.
 cdef double ACCEPT_AFTER_S = 0.001
-"""A worker names itself to the caller of a request whose handler is not done at once: then it can be cancelled, and looked after.
-And it learns soon whether the caller is there at all."""
+# It goes on for these 5 s with a request whose caller does not listen: he may be reconnecting, as the worker did.
 cdef int ACCEPT_AGAIN = 20
 cdef double ACCEPT_AGAIN_S = 0.25
-"""A worker goes on for these 5 s with a request whose caller does not listen: he may be reconnecting, as the worker did."""
 cdef bytes _INBOX = b"\r\nDynwire-Inbox: "
 cdef bytes _NAK = b"-NAK"
 cdef object ACK = b"+ACK"
@@ -95,8 +91,8 @@ cdef class QueueWire(NatsWire):
             self.check_size(data, bytes(QUEUE_ROOM) if meta is None else meta + bytes(QUEUE_ROOM))
         return NatsWire.submit(self, stream, endpoint, data, kind, meta, deadline, due, now)
 
-    cdef int publish_request(self, StreamBase stream, NatsTarget target, bytes inbox, const unsigned char *headers, size_t headers_n,
-                             const unsigned char *payload, size_t n, object owner) except -1:
+    cdef int publish_request(self, StreamBase stream, NatsTarget target, bytes inbox, const unsigned char *headers,
+                             size_t headers_n, const unsigned char *payload, size_t n, object owner) except -1:
         cdef QueueRequest request
         cdef fields f
         cdef size_t others
@@ -238,7 +234,8 @@ cdef class QueueWire(NatsWire):
     # ---- (client) receiving ----------------------------------------------------------------------------------------------
 
     cdef int from_worker(self, const unsigned char *subject, size_t subject_n, const unsigned char *reply, size_t reply_n,
-                         const unsigned char *headers, size_t headers_n, const unsigned char *payload, size_t n, object owner) except -1:
+                         const unsigned char *headers, size_t headers_n, const unsigned char *payload, size_t n,
+                         object owner) except -1:
         cdef uint32_t slot, seq
         cdef StreamBase stream
         cdef QueueTarget target
@@ -331,7 +328,7 @@ cdef class QueueWire(NatsWire):
 
     cdef int confirmed(self, StreamBase stream, QueueRequest request, bytes answer) except -1:
         """What the queue says to the request."""
-        if not stream in request.target.unconfirmed:
+        if stream not in request.target.unconfirmed:
             return 0  # to a repetition
         try:
             number = request.target.queue.answered(answer, len(request.payload))
@@ -366,7 +363,7 @@ cdef class QueueWire(NatsWire):
         return found
 
     cdef bint restart(self, StreamBase stream, QueueRequest request, uint32_t attempt) except -1:
-        """Another attempt takes the place of the one whose messages came so far. False if that cannot be: the stream has ended."""
+        """Another attempt takes the place of the one whose messages came so far. If that cannot be, the stream ends: False."""
         cdef uint32_t before
         if not stream.on_restart():
             self.lose(stream, PeerLost(
@@ -422,7 +419,7 @@ cdef class QueueWire(NatsWire):
             request = <QueueRequest>stream.under
             if request.peer is not peer:
                 continue
-            if not request.number and not stream in request.target.unconfirmed:
+            if not request.number and stream not in request.target.unconfirmed:
                 # The queue was lost while it ran.
                 if not self.run_again(stream, request):
                     continue
@@ -564,7 +561,8 @@ cdef class QueueWire(NatsWire):
         if self.given_back(stream):
             stream.state |= S_ENDED
             run.verdict = NAK
-            return self.put_bytes(<bytes>stream.under, self.own_reply(stream), b"NATS/1.0\r\nD: b %d\r\n\r\n" % stream.attempt, b"")
+            return self.put_bytes(<bytes>stream.under, self.own_reply(stream),
+                                  b"NATS/1.0\r\nD: b %d\r\n\r\n" % stream.attempt, b"")
         if self.up() and len(body) + 64 > min(self.port.max_payload, self.max_payload):
             return NatsWire.put_error(self, stream, code, body)  # with another text
         stream.state |= S_ENDED
@@ -591,7 +589,7 @@ cdef class QueueWire(NatsWire):
             run.consumer.finished(run.delivery, ACK)
 
     def mark(self, callback):
-        """Call ``callback()`` when the NATS server has dealt with everything that was published before. Not after a lost connection.
+        """Call ``callback()`` when the NATS server has dealt with all that was published before; never after a lost connection.
 
         A message to ourselves: what the server says about earlier ones comes before it, on the same connection.
         """
