@@ -186,7 +186,9 @@ cdef object _error_text = msgspec.msgpack.Decoder().decode
 # What a header line can carry as it is: the name a token (RFC 9110), the value without control characters and blanks at its ends.
 cdef object _name_fits = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
 cdef object _value_fits = re.compile(r"(?![ ])[^\x00-\x1f\x7f\ud800-\udfff]*(?<![ ])").fullmatch
-cdef tuple _RESERVED = ("d", "dynwire-id", "dynwire-meta", "dynwire-token")
+cdef tuple _RESERVED = ("d", "dynwire-id", "dynwire-meta", "dynwire-token", "dynwire-inbox")
+# Those with this beginning are orders to JetStream.
+cdef str _SERVERS_OWN = "nats-"
 
 
 cdef bytes header_lines(dict headers, object request_id, bytes token):
@@ -201,7 +203,8 @@ cdef bytes header_lines(dict headers, object request_id, bytes token):
             rest["x-request-id"] = request_id
     if headers:
         for name, value in headers.items():
-            if _name_fits(name) and _value_fits(value) and name.lower() not in _RESERVED:
+            lower = name.lower()
+            if _name_fits(name) and _value_fits(value) and lower not in _RESERVED and not lower.startswith(_SERVERS_OWN):
                 lines.append(f"{name}: {value}\r\n")
             else:
                 rest[name] = value
@@ -233,7 +236,7 @@ def read_headers(bytes lines):
         name, colon, value = line.partition(":")
         name = name.strip().lower()
         value = value.strip(" \t")
-        if not colon or not name or name == "d":
+        if not colon or not name or name == "d" or name == "dynwire-inbox" or name.startswith(_SERVERS_OWN):
             continue
         if name == "dynwire-id":
             request_id = value
@@ -755,6 +758,7 @@ cdef class NatsWire(Link):
             item = payload_copy(payload, n) if owner is None else payload_of_block(<Block>owner, n)
         else:
             item = PyBytes_FromStringAndSize(<const char *>payload, n)
+        self.before_request(stream, &f)
         self.on_request(stream, target, item, <int>f.v[0], meta, <uint32_t>f.v[3])
         if stream.conn is self:
             # Not answered at once: from now on messages may name it.
@@ -762,6 +766,9 @@ cdef class NatsWire(Link):
             self.by_reply[inbox] = stream
             if self.tick_at == INFINITY:
                 self.tick_at = self.now + 4 * self.probe_interval
+        return 0
+
+    cdef int before_request(self, StreamBase stream, fields *f) except -1:
         return 0
 
     cdef int caller_of(self, const unsigned char *reply, size_t n) except -1:
@@ -797,7 +804,7 @@ cdef class NatsWire(Link):
             if f.kind == NO_RESPONDERS and rest_n == 2 + TOKEN_BYTES and dw_nats_hex(rest + 2, 6, &a) and \
                     dw_nats_hex(rest + 8, 8, &b):
                 stream = self.get_slot(a)
-                if stream is not None and stream.seq == b:
+                if stream is not None and stream.seq == b and self.may_lose_caller(stream):
                     self.free_slot(stream)
                     return stream.on_lost(PeerLost("the caller is gone: nobody listens to its inbox", sent="yes"))
                 return 0
@@ -889,10 +896,15 @@ cdef class NatsWire(Link):
         if self.now < self.up_at + GRACE_S:
             return 0  # it may be reconnecting as we did; the next tick asks again
         for inbox, stream in list(self.by_reply.items()):
-            if stream.conn is self and (<bytes>inbox).startswith(prefix) and not stream.in_flags & F_FOREIGN:
+            if stream.conn is self and (<bytes>inbox).startswith(prefix) and not stream.in_flags & F_FOREIGN and \
+                    self.may_lose_caller(stream):
                 self.free_slot(stream)
                 stream.on_lost(PeerLost("the caller is gone: nobody listens to its inboxes", sent="yes"))
         return 0
+
+    cdef bint may_lose_caller(self, StreamBase stream) except -1:
+        """The NATS server says that nobody listens for the replies: does that end the request?"""
+        return True
 
     cdef int forget_targets(self) except -1:
         """Endpoints were added or removed."""
@@ -1320,6 +1332,14 @@ cdef bytes _TOO_LONG = error_body(PeerLost(
     "the worker ended the request with an error whose text exceeds max_payload of the NATS server", sent="yes", retryable=False
 ))  # fmt: skip
 cdef dict _CONTENT_TYPES = {"application/json": 2, "application/msgpack": 1, "application/octet-stream": 0}
+
+
+cdef int parse_headers(const unsigned char *h, size_t n, fields *f, size_t *others) noexcept nogil:
+    return dw_nats_parse(h, n, <dw_nats_fields *>f, others)
+
+
+cdef bint parse_token(const unsigned char *p, uint32_t *slot, uint32_t *seq) noexcept nogil:
+    return dw_nats_hex(p, 6, slot) and dw_nats_hex(p + 6, 8, seq)
 
 
 cdef bint printable(const unsigned char *p, size_t n) noexcept nogil:

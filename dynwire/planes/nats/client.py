@@ -7,7 +7,8 @@ import os
 import weakref
 from typing import Any
 
-from ..._natsio import NatsChannel, NatsClientLink
+from ..._natsio import NatsChannel, NatsClientLink, QueueChannel
+from ..._natsqueue import QueueTarget
 from ..._natswire import NatsPeer
 from ...config import Config, mask_url
 from ...errors import ConnectError, ManagerClosed
@@ -16,6 +17,7 @@ from ...types import Instance
 from ..base import AsyncChannel, AsyncRequestPlaneClient
 from ..sockets.pool import check_plane
 from .options import request_options, wire_limits
+from .queues import ClientQueues, is_queue
 
 ASK_AGAIN_S = 1.0
 
@@ -39,12 +41,18 @@ class AsyncNatsClient(AsyncRequestPlaneClient):
         self._connection: NatsConnection | None = None
         self._subscription: Any = None
         self._connecting: asyncio.Task[None] | None = None
+        self._queues = ClientQueues(config, self.link)
         self._closed = False
 
     def channel(self, instance: Instance) -> AsyncChannel:
         if self._closed:
             raise ManagerClosed("the client is closed")
         check_plane(instance, self.plane)
+        if is_queue(self._config, instance):
+            queue: AsyncChannel = QueueChannel(  # type: ignore[assignment]
+                instance, self, self.link, NatsPeer(instance.address), self._options
+            )
+            return queue
         peer = self._peers.get(instance.address)
         if peer is None:
             peer = self._peers[instance.address] = NatsPeer(instance.address)
@@ -107,6 +115,11 @@ class AsyncNatsClient(AsyncRequestPlaneClient):
         self.link.peer = f"NATS at {connection.servers}"
         self.link.attach(connection.port)
 
+    async def queue(self, endpoint: str, timeout: float | None) -> QueueTarget:
+        """The queue of an endpoint, for its channel; there is a connection."""
+        assert self._connection is not None
+        return await self._queues.open(self._connection, endpoint, timeout)
+
     def stats(self) -> dict[str, Any]:
         """Counters of all requests of this client."""
         return self.link.stats()
@@ -123,6 +136,7 @@ class AsyncNatsClient(AsyncRequestPlaneClient):
             await asyncio.wait((self._connecting,))
         self.link.close(ManagerClosed("the client was closed"))
         if self._connection is not None:
+            await self._queues.close()
             self._subscription.unsubscribe()
             await self._connection.release()
 
