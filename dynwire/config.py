@@ -813,6 +813,11 @@ def load_config(
     return config
 
 
+def set_default_variable(name: str, value: str) -> None:
+    """Set a variable of another library's, for this process and its children, unless the user has set it."""
+    os.environ.setdefault(name, value)
+
+
 def child_environment(config: Config, variables: Mapping[str, str] | None = None) -> dict[str, str]:
     """The environment for a process that is to have the same settings: ours, with what keywords and the command line said.
 

@@ -20,6 +20,7 @@ from asyncio import CancelledError, InvalidStateError
 from asyncio.tasks import _current_tasks, _register_task, _unregister_task
 from contextvars import copy_context
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.math cimport INFINITY
@@ -1100,30 +1101,35 @@ cdef class HandlerTask(StreamBase):
     cdef int emit(self, object item, bint last) except -1:
         """Send an item, or hold it until there is credit. Returns whether the next one may be produced."""
         cdef Py_buffer view
+        cdef bint viewed = not PyBytes_CheckExact(item)
         cdef Link conn = self.conn
         cdef int kind = 0
         if conn is None:
             return 0 if last else 1  # the caller is gone; the handler has been killed and will notice
-        try:
-            if not PyObject_CheckBuffer(item):
-                kind = self.reply_kind
-                if kind == 0:
-                    kind = 2 if self.entry.codec == "json" else 1
-                if kind == 1:
-                    try:
-                        item = _msgpack_encode(item)
-                    except (TypeError, ValueError, OverflowError, RecursionError, NotImplementedError, msgspec.MsgspecError):
-                        item = encode(item, "msgpack")  # raises a DecodeError that names the type
-                else:
-                    item = encode(item, "json")
-            PyObject_GetBuffer(item, &view, 0)
-        except DecodeError as error:
-            error.sent = "yes"
-            self.finish_error(error, True)
-            return 0
-        except (BufferError, ValueError) as error:
-            self.finish_error(error, False)
-            return 0
+        if viewed:
+            try:
+                if not PyObject_CheckBuffer(item):
+                    kind = self.reply_kind
+                    if kind == 0:
+                        kind = 2 if self.entry.codec == "json" else 1
+                    if kind == 1:
+                        try:
+                            item = _msgpack_encode(item)
+                        except (TypeError, ValueError, OverflowError, RecursionError, NotImplementedError, msgspec.MsgspecError):
+                            item = encode(item, "msgpack")  # raises a DecodeError that names the type
+                    else:
+                        item = encode(item, "json")
+                PyObject_GetBuffer(item, &view, 0)
+            except DecodeError as error:
+                error.sent = "yes"
+                self.finish_error(error, True)
+                return 0
+            except (BufferError, ValueError) as error:
+                self.finish_error(error, False)
+                return 0
+        else:  # tokens, mostly: the buffer protocol costs more than what it says here
+            view.buf = PyBytes_AS_STRING(item)
+            view.len = PyBytes_GET_SIZE(item)
         try:
             limit = min(conn.peer_max_message, conn.max_message)
             if view.len > limit:
@@ -1137,7 +1143,8 @@ cdef class HandlerTask(StreamBase):
             self.item_sent = True
             conn.put_item(self, <const unsigned char *>view.buf, view.len, item, kind, last)
         finally:
-            PyBuffer_Release(&view)
+            if viewed:
+                PyBuffer_Release(&view)
         conn.wrote()
         if last:
             if not self.state & S_SENDING:

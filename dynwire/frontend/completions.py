@@ -35,14 +35,15 @@ clock = time.perf_counter
 class Plan:
     """A request that has been understood: what to ask the engine, and how to write down what it says."""
 
-    __slots__ = ("answers", "created", "model", "prompt_tokens", "requests", "response_id", "stream", "with_usage")
+    __slots__ = ("answers", "created", "form", "model", "prompt_tokens", "requests", "response_id", "stream", "with_usage")
 
     def __init__(self, model: Model, form: type[Form], stream: bool, with_usage: bool, request_id: bytes) -> None:
         self.model = model
+        self.form = form
         self.stream = stream
         self.with_usage = with_usage
         self.created = int(time.time())
-        self.response_id = f"{form.id_prefix}{escape_id(request_id)}"
+        self.response_id = form.id_prefix + escape_id(request_id)
         self.requests: list[EngineRequest] = []
         self.answers: list[Answer] = []
         self.prompt_tokens = 0
@@ -223,7 +224,7 @@ class Completions:
                 plan.answers.append(
                     Answer(
                         index,
-                        form(plan.response_id, plan.created, model.name, index, plan.with_usage),
+                        form(plan.response_id, plan.created, model.name, index, plan.with_usage) if stream else None,
                         model.tokenizer,
                         model.tokenizer.detokenizer(prompt, skip_special),
                         StopStrings(stops, bool(request.include_stop_str_in_output)) if stops else None,
@@ -290,12 +291,12 @@ class Completions:
         choices = []
         for answer, text in zip(plan.answers, texts, strict=True):
             found = answer.take_logprobs()
-            logprobs = answer.form.logprobs(plan.model.tokenizer, found) if found else None
-            choices.append(answer.form.choice(answer.index, text, answer.finish_reason, logprobs))
+            logprobs = plan.form.logprobs(plan.model.tokenizer, found) if found else None
+            choices.append(plan.form.choice(answer.index, text, answer.finish_reason, logprobs))
         _count(plan)
         body = {
             "id": plan.response_id,
-            "object": plan.answers[0].form.object,
+            "object": plan.form.object,
             "created": plan.created,
             "model": plan.model.name,
             "choices": choices,
@@ -344,11 +345,11 @@ class Completions:
 class _Writer:
     """Sends what has come together, and keeps the times."""
 
-    __slots__ = ("_exchange", "_last", "_metrics", "_parts", "_plan", "_tokens")
+    __slots__ = ("_answers", "_exchange", "_last", "_metrics", "_parts", "_tokens")
 
     def __init__(self, exchange: Exchange, plan: Plan, began: float, parts: list[bytes]) -> None:
         self._exchange = exchange
-        self._plan = plan
+        self._answers = plan.answers
         self._metrics = plan.model.metrics
         self._parts = parts
         self._last = began
@@ -356,16 +357,15 @@ class _Writer:
 
     async def send(self, last: bool = False) -> None:
         """Send the parts there are, and forget them."""
-        exchange, parts = self._exchange, self._parts
-        answers = self._plan.answers
-        tokens = answers[0].tokens if len(answers) == 1 else sum(answer.tokens for answer in answers)
-        if tokens > self._tokens:
+        exchange, parts, answers = self._exchange, self._parts, self._answers
+        tokens = answers[0].tokens if len(answers) == 1 else sum([answer.tokens for answer in answers])
+        new = tokens - self._tokens
+        if new:
             now = clock()
-            if self._tokens == 0:
-                self._metrics.first_token.add(now - self._last)
-            else:
-                new = tokens - self._tokens
+            if self._tokens:
                 self._metrics.gap.add((now - self._last) / new, new)
+            else:
+                self._metrics.first_token.add(now - self._last)
             self._last = now
             self._tokens = tokens
         if not exchange.started:
@@ -381,11 +381,12 @@ async def _stream_one(stream: AsyncReplyStream, answer: Answer, writer: _Writer)
     parts = writer._parts
     async with stream:
         items: Any = stream.__aiter__()
+        take, add = items.__anext__, answer.events
         while True:
             try:
-                answer.events(await items.__anext__(), parts)
+                add(await take(), parts)
                 while answer.finish_reason is None and items.ready:
-                    answer.events(await items.__anext__(), parts)
+                    add(await take(), parts)
             except StopAsyncIteration:
                 answer.end_events(parts)
             if answer.finish_reason is not None:
@@ -444,23 +445,33 @@ async def _stream_several(streams: Sequence[AsyncReplyStream], answers: Sequence
 
 async def _read(stream: AsyncReplyStream, answer: Answer, metrics: ModelMetrics, began: float) -> str:
     """The text of an answer."""
-    texts: list[str] = []
     last = began
+    reason: str | None = None
+    token_ids: list[int] = []
+    texts: list[str] = []
     async with stream:
         items: Any = stream.__aiter__()
         try:
             item = await items.__anext__()
             last = clock()
             metrics.first_token.add(last - began)
-            texts.append(answer.take(item))
-            while answer.finish_reason is None:
-                texts.append(answer.take(await items.__anext__()))
+            if answer.whole:
+                reason = answer.note(item, token_ids)
+                while reason is None:
+                    reason = answer.note(await items.__anext__(), token_ids)
+            else:
+                texts.append(answer.take(item))
+                while answer.finish_reason is None:
+                    texts.append(answer.take(await items.__anext__()))
         except StopAsyncIteration:
-            texts.append(answer.ended())
+            if answer.whole:
+                reason = answer.reason_of_end()
+            else:
+                texts.append(answer.ended())
         await _take_end(items)
     if answer.tokens > 1:
         metrics.gap.add((clock() - last) / (answer.tokens - 1), answer.tokens - 1)
-    return "".join(texts)
+    return "".join(texts) if reason is None else answer.text_of(token_ids, reason)
 
 
 def _count(plan: Plan) -> None:
