@@ -424,6 +424,23 @@ def test_without_migration_a_lost_worker_is_an_error_event_at_once(deployment: D
         assert frontend.chat("say hi").status_code == 200
 
 
+@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"n": 2}])
+def test_worker_that_refuses_is_replaced_by_another(deployment: Deployment, fields: dict[str, object]) -> None:
+    full = deployment.worker("tiny", "test.backend.generate", str(TINY_MODEL), "max_in_flight=1")
+    frontend = deployment.frontend()
+    with frontend.stream("count 600 0.05") as response:
+        full.line("begin count")
+        assert response.status_code == 200
+        refused = frontend.chat("say hi")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+        assert "retry-after" in refused.headers
+        deployment.worker()
+        until(lambda: len(instances(frontend, "tiny")) == 2)
+        for _ in range(6):
+            assert frontend.chat("say hi", **fields).status_code == 200
+            time.sleep(0.06)  # a worker that was busy is left alone for a moment
+
+
 def test_last_worker_is_lost(deployment: Deployment) -> None:
     worker = deployment.worker()
     frontend = deployment.frontend("--migration-limit", "3")
