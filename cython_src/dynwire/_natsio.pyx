@@ -27,6 +27,9 @@ cdef class LoopState:
 
 cdef object _states = weakref.WeakKeyDictionary()
 
+# A worker's connection comes back within a second of the server, or of what ended both (`dynwire.nats.connection`).
+cdef double SETTLED_S = 2.0
+
 
 cdef class LinkSink(MessageSink):
     """Hands a link its messages."""
@@ -208,6 +211,11 @@ cdef class NatsClientLink(NatsLink):
                     waiter.set_result(error)
         return 0
 
+    @property
+    def unsettled(self):
+        """True when the connection has come back so lately that a worker's may still be on its way."""
+        return self.came_back and dw_now() < self.up_at + SETTLED_S
+
     def ask_peer(self, NatsPeer peer not None):
         """A future that gets None when the worker has answered, or a `ConnectError` when it is not there."""
         future = self.loop.create_future()
@@ -270,12 +278,8 @@ cdef class NatsChannel(ChannelBase):
 
     @property
     def ready(self):
-        # Also while the connection is being restored: requests then wait, within their deadlines and the channel buffer.
         cdef NatsClientLink link = self.link
-        return (
-            link.port is not None and not link.dead
-            and (link.port.state != PORT_CLOSED if link.port.state != PORT_UP else link.fresh(self.peer_, dw_now()))
-        )  # fmt: skip
+        return link.up() and not link.dead and link.fresh(self.peer_, dw_now())
 
     async def connect(self, timeout=None):
         await self.client.connect(timeout, self.peer_)

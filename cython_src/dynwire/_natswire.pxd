@@ -67,6 +67,7 @@ cdef class NatsWire(Link):
     cdef uint32_t tick_seq               # (client) requests up to this one were there at the last tick
     cdef bint ask_all                    # (client) at the next tick: the connection was lost
     cdef double up_at                    # when the connection came back
+    cdef bint came_back                  # it was lost before
     cdef uint32_t probe_no
     cdef public object peers             # (client) address -> NatsPeer
     cdef dict probes                     # number of a probe that is not answered -> NatsPeer (client), inbox prefix (server)

@@ -342,6 +342,7 @@ cdef class NatsWire(Link):
         """The connection to the NATS server came, or went."""
         self.now = now
         if not self.up():
+            self.came_back = True
             self.tick_at = INFINITY
             return 0
         if not self.is_client:
@@ -493,7 +494,7 @@ cdef class NatsWire(Link):
         return PeerLost(
             f"items of a stream from {peer.address} were lost on their way through the NATS server: {index - stream.mark} from "
             f"number {stream.mark} on (its connection to a client or worker broke, or a client was too slow for it)",
-            peer=peer.address, sent="yes",
+            peer=peer.address, sent="yes", details={"alive": True},
         )  # fmt: skip
 
     cdef bint new_attempt(self, StreamBase stream, uint32_t attempt) except -1:
@@ -555,7 +556,7 @@ cdef class NatsWire(Link):
             return 0
         if found == DW_NATS_STATUS and f.kind == NO_RESPONDERS:
             self.gone(peer)
-            if self.now < self.up_at + GRACE_S:
+            if self.came_back and self.now < self.up_at + GRACE_S and peer.heard < self.up_at:
                 peer.probed = self.now - 8 * self.probe_interval + RETRY_S  # it may be reconnecting as we did: again soon
                 self.tick_at = min(self.tick_at, self.now + RETRY_S)
                 return 0
@@ -606,7 +607,7 @@ cdef class NatsWire(Link):
                     self.gaps += 1
                     self.lose(stream, PeerLost(
                         f"{peer.address} does not know the request (any more): it or the end of its reply was lost on the way "
-                        "through the NATS server", peer=peer.address, sent="maybe",
+                        "through the NATS server", peer=peer.address, sent="maybe", details={"alive": True},
                     ))  # fmt: skip
                 elif not decimal(p, eol - p, &count):
                     self.malformed += 1
@@ -893,7 +894,7 @@ cdef class NatsWire(Link):
         if prefix is None:
             self.stale += 1
             return 0
-        if self.now < self.up_at + GRACE_S:
+        if self.came_back and self.now < self.up_at + GRACE_S:
             return 0  # it may be reconnecting as we did; the next tick asks again
         for inbox, stream in list(self.by_reply.items()):
             if stream.conn is self and (<bytes>inbox).startswith(prefix) and not stream.in_flags & F_FOREIGN and \
@@ -1271,8 +1272,8 @@ cdef class NatsWire(Link):
         return self.wrote()
 
     cdef bint fresh(self, NatsPeer peer, double now):
-        """Was the worker there a moment ago? If not, asking costs less than a stream that fails."""
-        return peer.state == P_ALIVE and now - peer.heard < 4 * self.probe_interval
+        """Was the worker there a moment ago, and since the connection came back? If not, asking costs less than a failure."""
+        return peer.state == P_ALIVE and now - peer.heard < 4 * self.probe_interval and peer.heard >= self.up_at
 
     cdef int ping(self, NatsPeer peer, double now) except -1:
         """Ask whether the worker is there; `on_peer` tells."""
