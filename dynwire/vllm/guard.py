@@ -1,8 +1,8 @@
 """Ends vLLM's engine when the worker that started it is gone.
 
 vLLM's engine runs in processes of its own that do not notice the death of their parent: after a SIGKILL they would keep the
-model, and the GPU's memory. So the worker starts this module as a further process, and tells it their ids. It waits for the end of its
-standard input, which comes when the worker has closed it or has died, and then kills what is left of them.
+model, and the GPU's memory. So the worker starts this module as a further process, and tells it their ids. It waits for the end
+of its standard input, which comes when the worker has closed it or has died, and then kills what is left of them.
 """
 
 from __future__ import annotations
