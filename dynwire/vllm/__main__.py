@@ -29,16 +29,21 @@ def parser() -> argparse.ArgumentParser:
 
     made: argparse.ArgumentParser = FlexibleArgumentParser(
         prog="python -m dynwire.vllm",
-        description="Serve a model with vLLM. All flags of vLLM's engine are taken; the request plane and everything else about the "
-        "network comes from DYN_* variables (dynwire config show).",
+        description="Serve a model with vLLM. All flags of vLLM's engine are taken; the request plane and everything else about "
+        "the network comes from DYN_* variables (dynwire config show).",
     )
     own = made.add_argument_group("dynwire")
     add = own.add_argument
     add("--endpoint", default=DEFAULT_ENDPOINT, metavar="NS.C.E", help=f"endpoint to serve (default: {DEFAULT_ENDPOINT})")
     add("--request-plane", metavar="PLANE", help="tcp, http or nats, instead of DYN_REQUEST_PLANE")
     add("--kv-events", choices=KV_EVENTS_CHOICES, default="auto", help=KV_EVENTS_HELP)
-    add("--grace", type=float, default=DEFAULT_GRACE_S, metavar="SECONDS",
-        help=f"how long a shutdown waits for requests in flight; a second signal ends it (default: {DEFAULT_GRACE_S:g})")  # fmt: skip
+    add(
+        "--grace",
+        type=float,
+        default=DEFAULT_GRACE_S,
+        metavar="SECONDS",
+        help=f"how long a shutdown waits for requests in flight; a second signal ends it (default: {DEFAULT_GRACE_S:g})",
+    )
     AsyncEngineArgs.add_cli_args(made)
     return made
 
@@ -50,6 +55,7 @@ async def serve(arguments: argparse.Namespace) -> bool:
     from ..kv_router.publisher import KvEventPublisher
     from ..workers.serve import serve_model
     from .events import EventSocket, Translator
+    from .guard import Guard
     from .worker import VllmWorker
 
     signals = Signals()
@@ -64,12 +70,13 @@ async def serve(arguments: argparse.Namespace) -> bool:
     ranks = arguments.data_parallel_size
     with_events = publishes_kv_events(arguments.kv_events, config) and arguments.enable_prefix_caching is not False
     events = EventSocket(ranks) if with_events else None
+    guard = Guard()
     publisher: KvEventPublisher | None = None
     manager: AsyncNetworkManager | None = None
     llm: Any = None
     try:
         args, engine = engine_config(arguments, events.endpoint if events is not None else None)
-        llm = await start_engine(args, engine, signals.first)
+        llm = await start_engine(args, engine, signals.first, guard)
         if llm is None:
             return False
         block_size, blocks = engine.cache_config.block_size, engine.cache_config.num_gpu_blocks
@@ -125,6 +132,7 @@ async def serve(arguments: argparse.Namespace) -> bool:
             await manager.close()
         if llm is not None:
             await stop_engine(llm)
+        guard.close()
         if events is not None:
             await events.close()
 

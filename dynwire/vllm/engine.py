@@ -16,8 +16,15 @@ from ..errors import ConfigError, DynwireError
 if TYPE_CHECKING:
     import argparse
 
+    from .guard import Guard
+
 logger = logging.getLogger("dynwire.vllm")
 
+SHUTDOWN_S = 15.0
+"""What ending the engine may take. It gives its own workers VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS (5) to go by themselves, and a
+few seconds more before it kills them; what is left after this is killed from here."""
+CHILDREN_S = 0.25
+"""Between two looks for new processes of the engine while it starts"""
 HEALTH_S = 0.25
 """Between two looks at the engine; a look reads two flags. A request that finds it dead says so at once."""
 
@@ -51,7 +58,7 @@ def engine_config(arguments: argparse.Namespace, kv_endpoint: str | None) -> Any
         raise ConfigError(f"vLLM does not take these settings: {error}", name="vllm") from error
 
 
-async def start_engine(args: Any, config: Any, interrupted: asyncio.Event) -> Any:
+async def start_engine(args: Any, config: Any, interrupted: asyncio.Event, guard: Guard) -> Any:
     """An ``AsyncLLM`` that has loaded its model, or None if ``interrupted`` was set meanwhile. Raises `DynwireError`.
 
     It is made in a thread, because that takes from seconds to minutes and signals have to be answered.
@@ -60,7 +67,12 @@ async def start_engine(args: Any, config: Any, interrupted: asyncio.Event) -> An
     resource_tracker.ensure_running()
     starting = asyncio.ensure_future(asyncio.to_thread(_make, args, config))
     interruption = asyncio.ensure_future(interrupted.wait())
-    await asyncio.wait((starting, interruption), return_when=asyncio.FIRST_COMPLETED)
+    waiting: set[asyncio.Future[Any]] = {starting, interruption}
+    while len(waiting) == 2:
+        _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED, timeout=CHILDREN_S)
+        for child in multiprocessing.active_children():
+            if child.pid is not None:
+                guard.watch(child.pid)
     if not starting.done():
         # the constructor cannot be interrupted, but ends when its processes do
         for child in multiprocessing.active_children():
@@ -108,4 +120,4 @@ async def engine_death(llm: Any, found_dead: asyncio.Event) -> None:
 
 async def stop_engine(llm: Any) -> None:
     """End the engine's processes. Requests that it still has are lost. Once only."""
-    await asyncio.to_thread(llm.shutdown)
+    await asyncio.to_thread(llm.shutdown, SHUTDOWN_S)

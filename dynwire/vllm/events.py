@@ -112,8 +112,8 @@ class Translator:
             self.lost += sequence - expected
             # Removals may be among them, and a router must not believe in blocks that are gone.
             logger.warning(
-                "%d batches of cache events of rank %d were lost: its blocks are forgotten, routers learn of them again as they are "
-                "stored anew",
+                "%d batches of cache events of rank %d were lost: its blocks are forgotten, routers learn of them again as they "
+                "are stored anew",
                 sequence - expected, rank,
             )  # fmt: skip
             self._publisher.publish_cleared(rank)

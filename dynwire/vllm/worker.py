@@ -73,8 +73,8 @@ class VllmWorker:
     async def generate(self, request: EngineRequest, context: Context) -> AsyncGenerator[EngineItem, None]:
         """The tokens of one step per item, of several if the caller reads slowly.
 
-        Whatever ends this generator early aborts the request in vLLM; ``context.stop()`` ends it with the tokens there are and the
-        finish reason ``cancelled``. Raises `ValueError` for a request that can never be answered. When the engine is dead, it
+        Whatever ends this generator early aborts the request in vLLM; ``context.stop()`` ends it with the tokens there are and
+        the finish reason ``cancelled``. Raises `ValueError` for a request that can never be answered. When the engine is dead, it
         waits for the end of the process: callers then see a lost worker, and may go on with another one.
         """
         routing = request.routing

@@ -1,7 +1,7 @@
 """Makes a tiny Qwen3 with random weights, for vLLM: ``python tests/vllm/make_model.py DIRECTORY``.
 
-Two layers, the tokenizer of 1,024 tokens and the chat template of `tools/make_tiny_model.py`; 0.7 MB. The weights depend on the seed
-only. Needs torch and transformers.
+Two layers, the tokenizer of 1,024 tokens and the chat template of `tools/make_tiny_model.py`; 0.7 MB. The weights depend
+on the seed only. Needs torch and transformers.
 """
 
 from __future__ import annotations
