@@ -351,7 +351,7 @@ def test_demo(shell: Shell) -> None:
 
 
 @pytest.mark.hard_timeout(120)
-@pytest.mark.parametrize("plane", ["tcp", "http"])
+@pytest.mark.parametrize("plane", ["tcp", "http", "nats"])
 def test_demo_of_serving(shell: Shell, plane: str) -> None:
     shell.environment["TMPDIR"] = str(shell.directory)
     done = shell.run("demo", "--only", "serving", "--plane", plane, "--json", timeout=100)

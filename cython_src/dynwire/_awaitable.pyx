@@ -386,7 +386,7 @@ cdef class Waiter(StreamBase):
         peer = self.channel.peer if self.channel is not None else None
         phase = "total" if total else self.phase
         remedy = {
-            "total": "timeout=",
+            "total": self.total_setting or "timeout=",
             "accept": "DYN_TCP_REQUEST_TIMEOUT or Timeouts(accept=…)",
             "first_item": "Timeouts(first_item=…)",
             "between_items": "Timeouts(between_items=…)",
@@ -479,6 +479,10 @@ cdef class CallFuture(Waiter):
                 peer=self.channel.peer, phase="reply", sent="yes", request_id=self.request_id(), retryable=False,
             ), True)  # fmt: skip
         return self._succeed(item, kind)
+
+    cdef bint on_restart(self) except -1:
+        self.value = None
+        return True
 
     cdef int _succeed(self, object item, int kind) except -1:
         if kind == 0 and self.reply_type is None:
@@ -663,6 +667,16 @@ cdef class ItemReader(Waiter):
         if self.waiting:
             return self.wake(True)
         return 0
+
+    cdef bint on_restart(self) except -1:
+        if self.delivered or self.closed:
+            return False
+        # Their credit goes with them: the new run begins with a full window.
+        self.items.clear()
+        self.head = 0
+        if self.phase == "between_items":
+            self.set_phase("first_item", self.first_item_timeout)
+        return True
 
     cdef int add(self, object item, Py_ssize_t cost) except -1:
         cdef Py_ssize_t n = len(self.items)
@@ -946,7 +960,8 @@ cdef class HandlerTask(StreamBase):
         context._id = self.in_id
         context._connection_id = conn.connection_id
         context._seq = self.seq
-        context.delivery_count = 1
+        # Runs that the caller began anew, and deliveries of the last of them.
+        context.delivery_count = (self.attempt >> 10) + (self.attempt & 1023) if self.attempt else 1
         self.context = context
         entry.in_flight += 1
         entry.started += 1
@@ -1360,6 +1375,7 @@ cdef class HandlerTask(StreamBase):
         self.in_id = None
         self.under = None
         self.reply_kind_ = 0
+        self.attempt = 0
         self.state = 0
         self.refund = 0
         self.timer = INFINITY

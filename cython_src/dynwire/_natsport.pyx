@@ -430,13 +430,10 @@ cdef class FastPort(PortBase):
             raise
         return PortSubscription(self, sid, subscription)
 
-    def drop(self, uint64_t sid, subscription):
-        """End a subscription; effective at once."""
+    def stop(self, uint64_t sid, subscription):
+        """End a subscription at the server."""
         cdef PortSocket socket = self.socket
         cdef bytes line
-        self.sinks.pop(sid, None)
-        if socket is not None:
-            socket.parser.forget_sink(sid)
         if self.client._subs.pop(sid, None) is not None:
             subscription._closed = True
             subscription._stop_processing()
@@ -444,6 +441,13 @@ cdef class FastPort(PortBase):
                 line = b"UNSUB %d\r\n" % sid
                 socket.writer.raw(<const unsigned char *>PyBytes_AS_STRING(line), PyBytes_GET_SIZE(line), None)
                 socket.wrote()
+
+    def drop(self, uint64_t sid, subscription):
+        """End a subscription; effective at once."""
+        self.sinks.pop(sid, None)
+        if self.socket is not None:
+            self.socket.parser.forget_sink(sid)
+        self.stop(sid, subscription)
 
     def abort(self):
         """Give the present connection up without a word; nats-py reconnects, unless it is closing."""
@@ -649,19 +653,13 @@ cdef class FastPort(PortBase):
         await self.client._process_info(info)
 
     async def server_error(self, text):
-        """-ERR. nats-py closes for good on most of them; here the connection is made anew, as often as it takes."""
-        from nats.errors import Error
-
+        """-ERR."""
         words = text.decode(errors="replace").strip("'")
         denied = DENIED.search(words)
         if denied is not None and self.on_denied is not None:
             self.on_denied(denied[1].lower(), denied[2])
-        elif "permissions violation" in words.lower():
-            await self.client._process_err(words.lower())
         elif not self.client.is_reconnecting:
-            error = Error(f"nats: {words}")
-            await self.client._error_cb(error)
-            await self.client._process_op_err(error)
+            await self.client._process_err(words.lower())
 
 
 cdef dict headers_dict(const unsigned char *headers, size_t n):
@@ -844,6 +842,9 @@ cdef class PlainPort(PortBase):
             except Exception as error:
                 report_sink(self.loop, sink, error)
 
+    def stop(self, number, subscription):
+        """nats-py forgets at once what has come and was not processed: this waits for `drop`."""
+
     def drop(self, number, subscription):
         """End a subscription; effective at once."""
         self.sinks.pop(number, None)
@@ -895,6 +896,11 @@ cdef class PortSubscription:
         self.port = port
         self.sid = sid
         self.subscription = subscription
+
+    def stop(self):
+        """Tell the server to send no more; what it has sent already is delivered until `unsubscribe`. (The plain port cannot.)"""
+        if self.port is not None:
+            self.port.stop(self.sid, self.subscription)
 
     def unsubscribe(self):
         """No message of it is delivered any more; a batch that has begun is still ended. May be called twice."""

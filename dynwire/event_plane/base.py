@@ -70,6 +70,10 @@ def open_sender(config: Config, namespace: str, component: str) -> EventSender |
         from .zmq import ZmqSender
 
         return ZmqSender(config)
+    if config.events.plane == "nats":
+        from .nats import NatsSender
+
+        return NatsSender(config, namespace, component)
     raise _missing(config.events.plane)
 
 
@@ -81,11 +85,15 @@ def open_receiver(config: Config, namespace: str, component: str) -> EventReceiv
         from .zmq import ZmqReceiver
 
         return ZmqReceiver()
+    if config.events.plane == "nats":
+        from .nats import NatsReceiver
+
+        return NatsReceiver(config, namespace, component)
     raise _missing(config.events.plane)
 
 
 def _missing(plane: str) -> ConfigError:
     return ConfigError(
         f"DYN_EVENT_PLANE is {plane!r}: this event plane is not in this release", name="DYN_EVENT_PLANE", value=plane,
-        allowed="zmq, none",
+        allowed="nats, zmq, none",
     )  # fmt: skip

@@ -28,6 +28,7 @@ class Answer:
         "_detokenizer",
         "_held_logprobs",
         "_max_tokens",
+        "_plain",
         "_stops",
         "_tokenizer",
         "cached_tokens",
@@ -41,7 +42,7 @@ class Answer:
     def __init__(
         self,
         index: int,
-        form: Form,
+        form: Form | None,
         tokenizer: Tokenizer,
         detokenizer: Detokenizer,
         stops: StopStrings | None,
@@ -49,7 +50,8 @@ class Answer:
         logprobs: bool,
     ) -> None:
         self.index = index
-        self.form = form
+        self.form: Any = form
+        """how it is written, of a stream"""
         self.tokens = 0
         self.cached_tokens = 0
         self.finish_reason: str | None = None
@@ -59,10 +61,11 @@ class Answer:
         self._stops = stops
         self._max_tokens = max_tokens
         self._held_logprobs: list[Any] | None = [] if logprobs else None
+        self._plain = stops is None and not logprobs
 
     def take(self, item: Any) -> str:
         """The text that an item adds; sets ``finish_reason`` at the end. Raises `ApiError` if the engine has failed."""
-        token_ids = self._open(item)
+        token_ids, reason = self._open(item)
         try:
             text = self._detokenizer.push(token_ids) if token_ids else ""
         except (TypeError, OverflowError) as error:
@@ -73,23 +76,46 @@ class Answer:
             if stop is not None:
                 self.finish_reason = "stop"
                 return text
-        if item.get("finish_reason") is not None:
-            text += self._close(item["finish_reason"])
+        if reason is not None:
+            text += self._close(reason)
         return text
+
+    @property
+    def whole(self) -> bool:
+        """Whether its text may be made at its end, with `note` and `text_of`, instead of piece by piece with `take`."""
+        return self._stops is None
+
+    def note(self, item: Any, token_ids: list[int]) -> str | None:
+        """Append the tokens of an item and return its finish reason. Raises `ApiError` if the engine has failed."""
+        new, reason = self._open(item)
+        token_ids += new
+        return reason
+
+    def text_of(self, token_ids: list[int], reason: str) -> str:
+        """The whole text; sets ``finish_reason``. Raises `ApiError`."""
+        try:
+            text = self._detokenizer.push(token_ids) if token_ids else ""
+        except (TypeError, OverflowError) as error:
+            raise _no_item(error) from error
+        return text + self._close(reason)
 
     def events(self, item: Any, parts: list[bytes]) -> None:
         """Append the events that an item adds to a stream. Raises `ApiError` if the engine has failed."""
-        if self._stops is None and self._held_logprobs is None:
-            token_ids = self._open(item)
-            if token_ids:
-                try:
-                    piece = self._detokenizer.push_json(token_ids)
-                except (TypeError, OverflowError) as error:
-                    raise _no_item(error) from error
-                if piece:
-                    form = self.form
-                    parts += (form.head, piece, form.tail)
-            reason = item.get("finish_reason")
+        if self._plain:
+            # `_open` and `push_json` by hand for an item with nothing but one whole token, which nearly all are
+            try:
+                token_ids = item["token_ids"]
+                reason = None
+                if len(item) == 1:
+                    self.tokens += len(token_ids)
+                else:
+                    token_ids, reason = self._open(item)
+                piece = self._detokenizer.push_json(token_ids) if token_ids else b""
+            except (KeyError, TypeError, AttributeError, OverflowError) as error:
+                raise _no_item(error) from error
+            if piece:
+                form = self.form
+                parts += (form.head, piece, form.tail)
             if reason is not None:
                 self._add(self._close(reason), parts)
                 parts.append(self.form.final(self.finish_reason))
@@ -102,8 +128,12 @@ class Answer:
 
     def ended(self) -> str:
         """The stream ended without a finish reason: right if nothing is missing. The rest of the text, or `ApiError`."""
+        return self._close(self.reason_of_end())
+
+    def reason_of_end(self) -> str:
+        """The finish reason of a stream that ended without one. Raises `ApiError` if it was cut."""
         if self._max_tokens is not None and self.tokens >= self._max_tokens:
-            return self._close("length")
+            return "length"
         raise ApiError(502, "the engine ended its answer without a finish reason", code="engine_error")
 
     def end_events(self, parts: list[bytes]) -> None:
@@ -118,20 +148,28 @@ class Answer:
             self._held_logprobs = []
         return held
 
-    def _open(self, item: Any) -> Sequence[int]:
+    def _open(self, item: Any) -> tuple[Sequence[int], str | None]:
+        """``(tokens, finish reason)`` of an item, after everything else in it was looked at."""
         try:
             token_ids: list[int] = item["token_ids"]
             self.tokens += len(token_ids)
+            fields = len(item)
+            if fields == 1:  # most of them
+                return token_ids, None
             reason = item.get("finish_reason")
-            if reason == "error" or item.get("error"):
-                raise error_item(item)
-            if item.get("cached_tokens"):
-                self.cached_tokens = int(item["cached_tokens"])
-            if self._held_logprobs is not None and item.get("logprobs"):
-                self._held_logprobs += item["logprobs"]
+            if fields > 2 or reason is not None or "finish_reason" not in item:
+                self._look_at(item, reason)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise _no_item(error) from error
-        return token_ids
+        return token_ids, reason
+
+    def _look_at(self, item: Any, reason: Any) -> None:
+        if reason == "error" or item.get("error"):
+            raise error_item(item)
+        if item.get("cached_tokens"):
+            self.cached_tokens = int(item["cached_tokens"])
+        if self._held_logprobs is not None and item.get("logprobs"):
+            self._held_logprobs += item["logprobs"]
 
     def _close(self, reason: str) -> str:
         """The rest of the text at the end."""

@@ -86,7 +86,7 @@ class Frontend:
         return not self.metrics.in_flight
 
     async def shutdown(self) -> None:
-        """Let go of everything; answers in flight end with an error event."""
+        """Let go of everything; answers in flight end with an error event. May be called twice."""
         self.draining = True
         self.completions.watchers.close()
         await self.registry.close()

@@ -66,15 +66,17 @@ class Exchange:
 
     async def body(self, limit: int) -> bytes:
         """The body. Raises `ApiError` 413 as soon as it is known to be larger than ``limit`` bytes, 499 if the client leaves."""
-        length = self.headers.get(b"content-length")
-        if length is not None and length.isdigit() and int(length) > limit:
+        given = self.headers.get(b"content-length")
+        length = int(given) if given is not None and given.isdigit() else None
+        if length is not None and length > limit:
             raise _too_large(limit)
         message = await self.receive()
         if message["type"] == "http.request":
             body: bytes = message.get("body", b"")
             if len(body) > limit:
                 raise _too_large(limit)
-            if not message.get("more_body"):
+            # granian says "more" before it knows that nothing follows; asking again costs a trip between two threads
+            if len(body) == length or not message.get("more_body"):
                 return body
             parts, size = [body], len(body)
             while True:

@@ -145,7 +145,16 @@ class KvEventPublisher:
         for event in waiting:
             ranks.setdefault(event.dp_rank, []).append(event)
         for events in ranks.values():
-            self._sender.send(self._encode(Batch(self.worker_id, self.index.epoch, events)))
+            part: list[KvCacheEvent] = []
+            blocks = 0
+            for event in events:
+                part.append(event)
+                blocks += _blocks_of(event)
+                if blocks >= PART_BLOCKS:
+                    self._sender.send(self._encode(Batch(self.worker_id, self.index.epoch, part)))
+                    part, blocks = [], 0
+            if part:
+                self._sender.send(self._encode(Batch(self.worker_id, self.index.epoch, part)))
 
     def _send_heads(self) -> None:
         assert self._loop is not None

@@ -73,6 +73,9 @@ def chart(tally: Tally, title: str, path: Path) -> None:
             count = len(values) + zeros
             shares = [zeros / count] * min(1, zeros) + [100 * (zeros + n) / count for n in range(1, len(values) + 1)]
             axes.plot(ordered, shares, drawstyle="steps-post")
+            if ordered:
+                # the very last ones would squeeze all others into a line; the table names them
+                axes.set_xlim(0, max(1e-3, 1.2 * ordered[min(len(ordered) - 1, int(0.995 * len(ordered)))]))
             axes.set(title=name, xlabel="ms", ylabel="% of them", ylim=(0, 100))
             axes.grid(alpha=0.3)
         tokens = _bins(tally.token_bins, tally.elapsed)

@@ -8,13 +8,16 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import Config, load_config
 from ..errors import ConfigError
 from ..types import EndpointId
+from ..wire.kv_events import as_cache_event
 from ..workers.card import EngineLimits, ModelCard, find_model
+from ..workers.events import KV_EVENTS_CHOICES, KV_EVENTS_HELP, publishes_kv_events
 from ..workers.process import DEFAULT_GRACE_S, Signals, run_process
 from ..workers.protocol import EngineRequest
 from . import TINY_MODEL
@@ -23,6 +26,8 @@ from .timing import Timing
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+
+    from ..kv_router.publisher import KvEventPublisher
 
 DEFAULT_ENDPOINT = "dynwire.backend.generate"
 METRICS_ENDPOINT = "engine_metrics"
@@ -62,6 +67,8 @@ def parser() -> argparse.ArgumentParser:
     add("--data-parallel-size", "--dp-size", dest="dp_size", type=_count, default=1, metavar="N",
         help="ranks per worker, each with a scheduler and a cache")  # fmt: skip
 
+    add("--kv-events", choices=KV_EVENTS_CHOICES, default="auto", help=KV_EVENTS_HELP)
+
     simulation = made.add_argument_group("simulation")
     add = simulation.add_argument
     add("--speedup-ratio", type=float, default=1.0, metavar="X", help="simulated seconds per second")
@@ -96,6 +103,7 @@ async def serve(arguments: argparse.Namespace) -> bool:
     """Serve until a signal comes, then drain; whether a second signal forced the end. Raises `DynwireError`."""
     from dynwire import AsyncNetworkManager
 
+    from ..kv_router.publisher import KvEventPublisher
     from ..workers.serve import ModelService, serve_model
 
     signals = Signals()
@@ -129,12 +137,15 @@ async def serve(arguments: argparse.Namespace) -> bool:
     managers: list[AsyncNetworkManager] = []
     services: list[ModelService] = []
     engines: list[Engine] = []
+    publishers: list[KvEventPublisher] = []
+    with_events = publishes_kv_events(arguments.kv_events, config)
     try:
         for number in range(arguments.num_workers):
             manager = AsyncNetworkManager(config=config if number == 0 else _on_free_ports(config))
             managers.append(manager)
             try:
-                engine = Engine(sizes, text, speedup=arguments.speedup_ratio, dp_size=arguments.dp_size)
+                sink = partial(_publish, publishers, number) if with_events else None
+                engine = Engine(sizes, text, speedup=arguments.speedup_ratio, dp_size=arguments.dp_size, sink=sink)
             except ValueError as error:
                 raise ConfigError(str(error), name="mocker") from error
             engines.append(engine)
@@ -142,8 +153,14 @@ async def serve(arguments: argparse.Namespace) -> bool:
             metrics = EndpointId(endpoint.namespace, endpoint.component, METRICS_ENDPOINT)
             await manager.endpoint(metrics).serve(mocker.metrics)
             service = await serve_model(manager, endpoint, card, mocker.generate, request_type=EngineRequest)
-            engine.identify(service.worker_id)
             services.append(service)
+            if with_events:
+                publisher = KvEventPublisher(
+                    manager, endpoint.namespace, endpoint.component, service.worker_id, sizes.block_size, arguments.dp_size
+                )
+                publishers.append(publisher)
+                await publisher.start()
+            engine.identify(service.worker_id)
             found = service.generate.instance
             where = f"{found.path} on {found.plane} at {found.address}"
             # whoever started us may be waiting for this line on a pipe
@@ -152,9 +169,16 @@ async def serve(arguments: argparse.Namespace) -> bool:
         print(f"draining, up to {arguments.grace:g} s; a second signal ends at once", file=sys.stderr, flush=True)
         return await signals.drain(services, managers, arguments.grace)
     finally:
+        for publisher in publishers:
+            await publisher.close()
         await asyncio.gather(*(manager.close() for manager in managers))
         for engine in engines:
             engine.close()
+
+
+def _publish(publishers: list[KvEventPublisher], number: int, event: dict[str, Any]) -> None:
+    """Sink of the engine with this number: its events wait until it has its id, and then there is a publisher."""
+    publishers[number].publish(as_cache_event(event["event"]))
 
 
 def _on_free_ports(config: Config) -> Config:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import random
@@ -99,12 +100,31 @@ class _Asked:
         self.denied = False
 
 
+@functools.cache
 def _import_client() -> type[Client]:
     try:
         from nats.aio.client import Client
+        from nats.errors import Error
     except ImportError as error:
         raise ConfigError(INSTALL, name="nats", allowed="pip install 'dynwire[nats]'") from error
-    return Client
+
+    class LastingClient(Client):
+        """Connects anew where nats-py closes for good: after any error of the server but a refused permission.
+
+        Users are revoked and connections limited by people, who also take it back. In a version of nats-py without these
+        methods nothing is overridden, and the connection ends.
+        """
+
+        async def _process_err(self, err_msg: str) -> None:
+            text = err_msg.strip("'")
+            if "permissions violation" in text:
+                await super()._process_err(err_msg)
+                return
+            error = Error(f"nats: {text}")
+            await self._error_cb(error)
+            await self._process_op_err(error)
+
+    return LastingClient
 
 
 def _credentials(config: NatsConfig) -> _Credentials:
@@ -212,6 +232,7 @@ class NatsConnection:
         self._connecting: asyncio.Task[None] | None = None
         self._closing = False
         self._keeper: AsyncGenerator[None, None] | None = None
+        self._ended = False
         self._callbacks: list[StateCallback] = []
         self._waiters: list[asyncio.Future[None]] = []
         self._last_error: BaseException | None = None
@@ -289,15 +310,18 @@ class NatsConnection:
     async def release(self) -> None:
         """Give the connection back. The last one waits (1 s) until the server has what was published, and closes it."""
         self._references -= 1
-        if self._references > 0 or self._closing:
+        if self._references > 0 or self._ended:
             return
         self._forget()
-        if self.up:
-            with contextlib.suppress(*_nats_errors()):
-                await self._flush(FLUSH_S)
-        await self._close()
+        try:
+            if self.up:
+                with contextlib.suppress(*_nats_errors()):
+                    await self._flush(FLUSH_S)
+        finally:
+            await self._close()
 
     async def _close(self) -> None:
+        self._ended = True
         self.port.close_for_good()
         try:
             async with asyncio.timeout(CLOSE_S):
@@ -321,9 +345,7 @@ class NatsConnection:
     def _options(self) -> dict[str, Any]:
         config = self.config
         options: dict[str, Any] = {
-            "servers": list(
-                config.servers if self._credentials.kind != "url" or not self._credentials.options else _bare(config)
-            ),
+            "servers": _bare(config) if self._credentials.kind == "url" and self._credentials.options else list(config.servers),
             "name": self._name,
             "error_cb": self._on_error,
             "disconnected_cb": self._on_disconnected,
@@ -455,6 +477,13 @@ class NatsConnection:
             return
         if self._closing:
             return
+        if self.client.is_connected and not isinstance(error, OSError):
+            if not isinstance(error, _nats_errors()):
+                logger.error("a callback of a NATS subscription has failed", exc_info=error)
+                return
+            if type(error).__name__ == "SlowConsumerError":
+                logger.warning("nats-py dropped a message, because its subscriber does not keep up: %s", error)
+                return
         self._last_error = error
         self._failures += 1
         if not self.port.fast and not self.client.is_connected:
@@ -467,6 +496,9 @@ class NatsConnection:
 
     async def _on_disconnected(self) -> None:
         if self._closing or self._connecting is None or not self._connecting.done():
+            return
+        if not self.client.is_reconnecting:  # closed, by whoever; this is then their task
+            self.port.go_away()
             return
         task = asyncio.current_task()
         assert task is not None
@@ -502,7 +534,7 @@ class NatsConnection:
             logger.info("connected to NATS at %s again", self._url)
 
     async def _on_closed(self) -> None:
-        if not self._closing:  # nats-py gave up, which only its plain form does
+        if not self._closing:  # nats-py gave up, which another version of it may do
             self._forget()
             error = self._translated()
             logger.error("nats-py has closed the connection to NATS at %s: %s", self.servers, error)
@@ -556,8 +588,8 @@ class NatsConnection:
 
     def _tell(self, state: int, error: BaseException | None) -> None:
         self._wake()
-        for callback in list(self._callbacks):
-            callback(state, error)
+        for callback in self._callbacks:
+            self._loop.call_soon(callback, state, error)  # not in nats-py's task, which an exception would end
 
     def _wake(self) -> None:
         waiters, self._waiters = self._waiters, []
@@ -588,7 +620,7 @@ class NatsConnection:
         return min(self.port.max_payload, PLANE_MAX_PAYLOAD)
 
     def on_state(self, callback: StateCallback) -> Callable[[], None]:
-        """Call ``callback(state, error)`` on every change (`_natsproto.UP`, DOWN, CLOSED). Returns what ends it."""
+        """Call ``callback(state, error)`` from the loop on every change (`_natsproto.UP`, DOWN, CLOSED). Returns what ends it."""
         self._callbacks.append(callback)
 
         def remove() -> None:
@@ -639,6 +671,15 @@ class NatsConnection:
         finally:
             self._subscribing.remove(asked)
         return subscription
+
+    async def finish(self, subscription: PortSubscription) -> None:
+        """Unsubscribe after what the server had sent so far has been delivered, or at once if the connection does not work."""
+        subscription.stop()
+        try:
+            with contextlib.suppress(DynwireError):
+                await self._confirm()
+        finally:
+            subscription.unsubscribe()
 
     async def _flush(self, timeout: float) -> None:
         """Wait until the server has everything that was published or told to nats-py. Raises nats-py's errors."""

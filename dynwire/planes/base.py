@@ -173,6 +173,9 @@ class AsyncRequestPlaneServer(ABC):
     def add_endpoint(self, endpoint: str, handler: Handler) -> None:
         """Serve ``namespace.component.endpoint``. Raises `ConfigError` if it is already served."""
 
+    async def endpoint_added(self, endpoint: str) -> None:  # noqa: B027  # nothing to do is what most want
+        """Wait until requests to an endpoint that was just added can come. Most planes have nothing to wait for."""
+
     @abstractmethod
     async def remove_endpoint(self, endpoint: str, grace: float = 0.0) -> int:
         """Refuse new requests, wait up to ``grace`` seconds for those in flight, kill the rest; returns how many were killed."""

@@ -177,14 +177,14 @@ def find_model(model: str) -> Path:
     looked = [f"the directory {directory.absolute()}"]
     if model.count("/") > 1 or model.startswith(("/", ".", "~")):
         raise ConfigError(
-            f"no model {model}: there is no {looked[0]}", name="model", value=model, allowed="a directory, or a hub name"
+            f"no model {model}: looked for {looked[0]}", name="model", value=model, allowed="a directory, or a hub name"
         )
     try:
         from huggingface_hub import constants, snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     except ImportError as error:
         raise ConfigError(
-            f"no model {model}: there is no {looked[0]}, and hub names need huggingface_hub (pip install huggingface_hub)",
+            f"no model {model}: looked for {looked[0]}; names on the hub need huggingface_hub (pip install huggingface_hub)",
             name="model",
             value=model,
             allowed="a directory, or a hub name",

@@ -70,6 +70,8 @@ class ChatTemplate:
             self._template = environment.from_string(source)
         except TemplateError as error:
             raise ConfigError(f"the chat template cannot be read: {error}", name="chat_template") from error
+        # jinja2 makes a ChainMap, and a dict of that at every rendering: half of its time
+        self._template.globals = dict(self._template.globals)
         self._refused = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
         self._names = dict(special_tokens or {})
 

@@ -49,11 +49,22 @@ def children_of(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
-@pytest.mark.parametrize("plane", ["tcp", "http"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_frontend_and_simulated_worker(discovery_dir: Path, plane: str, number: signal.Signals) -> None:
+@pytest.mark.parametrize(
+    ("plane", "number"),
+    [
+        ("tcp", signal.SIGINT),
+        ("tcp", signal.SIGTERM),
+        ("http", signal.SIGTERM),
+        ("nats", signal.SIGINT),
+        ("nats", signal.SIGTERM),
+    ],
+)
+def test_frontend_and_simulated_worker(
+    discovery_dir: Path, monkeypatch: pytest.MonkeyPatch, plane: str, number: signal.Signals
+) -> None:
     """The curl that the script prints works, and a signal leaves nothing behind."""
     port = free_port()
+    monkeypatch.setenv("NATS_SERVER", f"nats://127.0.0.1:{free_port()}")  # where nobody answers: the script starts one
     with launched(f"--{plane}", "--mock", "--http-port", str(port), "--", "--speedup-ratio", "10") as process:
         assert process.stdout is not None
         printed: list[str] = []
@@ -69,7 +80,7 @@ def test_frontend_and_simulated_worker(discovery_dir: Path, plane: str, number: 
         answer = json.loads(subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True).stdout)
         assert answer["choices"][0]["message"]["content"] and answer["usage"]["completion_tokens"] <= 64
         children = children_of(process.pid)
-        assert len(children) == 2
+        assert len(children) == (3 if plane == "nats" else 2)
         process.send_signal(number)
         out, _ = process.communicate(timeout=30)
         assert process.returncode == 128 + number, out

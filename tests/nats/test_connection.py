@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import signal
@@ -147,6 +148,7 @@ def test_a_fork_leaves_the_connection_alone(server: NatsServer, loop_factory: Ca
         if child == 0:
             code = 1
             try:
+                assert not connection_module._shared
                 with asyncio.Runner(loop_factory=loop_factory) as own:
 
                     async def use() -> None:
@@ -282,18 +284,27 @@ async def test_credentials_of_the_url_are_for_the_whole_cluster(port: str) -> No
             await works(connection)
 
 
-async def test_credentials_taken_away_and_given_back(port: str) -> None:
+@pytest.mark.parametrize("how", ["restart", "reload"])
+async def test_credentials_taken_away_and_given_back(port: str, how: str) -> None:
+    """nats-py closes for good when a server tells it that its user was revoked."""
+
+    def change(password: str) -> None:
+        server._password = password
+        if how == "restart":
+            server.restart()
+        else:
+            Path(server.directory, "server.conf").write_text(server._render())
+            server.reload()
+
     with NatsServer(username="u", password="a") as server:
         async with connected(server.url, port=port, username="u", password="a") as connection:
             states: list[tuple[int, BaseException | None]] = []
             connection.on_state(lambda *change: states.append(change))
-            server._password = "b"
-            await asyncio.to_thread(server.restart)
+            await asyncio.to_thread(change, "b")
             await eventually(lambda: not connection.up)
             with pytest.raises(Unauthenticated):
                 await connection.wait_up(0.5)
-            server._password = "a"
-            await asyncio.to_thread(server.restart)
+            await asyncio.to_thread(change, "a")
             await connection.wait_up(WAIT_S)
             await works(connection)
             assert [state for state, _ in states] == [DOWN, UP]
@@ -499,11 +510,50 @@ async def test_one_of_three_is_lost(port: str) -> None:
             subscription.unsubscribe()
 
 
+async def test_attempts_that_failed_leave_no_socket(port: str) -> None:
+    accepted = 0
+    opened: set[asyncio.StreamWriter] = set()
+
+    async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal accepted
+        accepted += 1
+        opened.add(writer)
+        with contextlib.suppress(ConnectionError):
+            await reader.read()
+        opened.remove(writer)
+        writer.close()
+
+    with NatsServer() as server:
+        async with connected(server.url, port=port, connect_timeout=0.1) as connection:
+            await asyncio.to_thread(server.kill)
+            silent = await asyncio.start_server(say_nothing, "127.0.0.1", server.port)
+            await eventually(lambda: accepted >= 4)
+            await eventually(lambda: len(opened) <= 1)
+            assert not connection.up
+        silent.close()
+        await silent.wait_closed()
+
+
+async def test_released_after_nats_py_has_closed_it(server: NatsServer, port: str) -> None:
+    connection = await NatsConnection.acquire(config(server.url, port=port))
+    states: list[int] = []
+    connection.on_state(lambda state, error: states.append(state))
+    await connection.client.close()
+    await eventually(lambda: states == [CLOSED])
+    with pytest.raises(ManagerClosed):
+        connection.port.send(b"a", b"")
+    async with connected(server.url, port=port) as another:
+        assert another is not connection
+        await works(another)
+    await connection.release()
+
+
 # --- lame duck
 
 
 async def test_a_server_that_is_going_to_stop_is_left(port: str, caplog: pytest.LogCaptureFixture) -> None:
-    with NatsCluster(2) as cluster:
+    # it would send its clients away much later
+    with NatsCluster(2, config='lame_duck_duration: "120s"\nlame_duck_grace_period: "60s"', stop_timeout=0.5) as cluster:
         async with connected(cluster.servers[0].url, port=port) as connection:
             inbox = Inbox()
             subscription = await connection.subscribe("a", inbox.sink)

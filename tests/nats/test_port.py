@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import random
 from collections.abc import Iterator
@@ -329,18 +330,25 @@ async def test_a_server_that_does_not_read(port: str) -> None:
             subscription.unsubscribe()
 
 
-@pytest.mark.parametrize("full", [False, True], ids=["idle", "full socket"])
-async def test_a_frozen_server_is_noticed(port: str, full: bool) -> None:
+@pytest.mark.parametrize("full", ["no", "by the port", "by nats-py"])
+async def test_a_frozen_server_is_noticed(port: str, full: str) -> None:
+    """Also when the socket is full, so that closing the connection would wait for the server."""
     with NatsServer() as server:
         async with connected(server.url, port=port, ping_interval=0.1, connect_timeout=0.5) as connection:
             inbox = Inbox()
             subscription = await connection.subscribe("a", inbox.sink)
             server.pause()
-            if full:
+            if full == "by the port":
                 async with asyncio.timeout(WAIT_S):
                     while connection.up and not connection.port.congested:
                         connection.port.send(b"b", bytes(50000))
                         await asyncio.sleep(0)
+            elif full == "by nats-py":
+                from nats.errors import OutboundBufferLimitError
+
+                with contextlib.suppress(TimeoutError, OutboundBufferLimitError):
+                    while connection.up:
+                        await asyncio.wait_for(connection.client.publish("b", bytes(50000)), 0.05)
             await inbox.until(lambda: inbox.states)
             assert not connection.up
             server.resume()
@@ -475,6 +483,41 @@ async def test_max_payload_may_change_while_it_runs(port: str) -> None:
             connection.port.send(b"a", b"x" * 2000)
             await inbox.count(1)
             subscription.unsubscribe()
+
+
+async def test_what_fails_in_a_callback_of_nats_py_is_logged(
+    large_server: NatsServer, port: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with connected(large_server.url, port=port) as connection:
+        inbox = Inbox()
+        subscription = await connection.subscribe("fails", inbox.sink)
+
+        async def take(message: Any) -> None:
+            raise LookupError("mine")
+
+        await connection.client.subscribe("fails", cb=take)
+        connection.on_state(lambda state, error: None)
+        await connection.client.publish("fails", b"")
+        await inbox.count(1)
+        await eventually(lambda: "LookupError: mine" in caplog.text)
+        assert connection.up
+        subscription.unsubscribe()
+
+
+async def test_an_observer_that_raises_harms_nobody(port: str) -> None:
+    reported: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
+    with NatsServer() as server:
+        async with connected(server.url, port=port) as connection:
+
+            def fail(state: int, error: BaseException | None) -> None:
+                raise LookupError(f"state {state}")
+
+            connection.on_state(fail)
+            await asyncio.to_thread(server.restart)
+            await eventually(lambda: len(reported) == 2)
+            assert [str(context["exception"]) for context in reported] == [f"state {DOWN}", f"state {UP}"]
+            assert connection.up
 
 
 async def test_release_leaves_nothing_behind(large_server: NatsServer, port: str) -> None:

@@ -127,6 +127,8 @@ def test_wheel_has_what_users_need_and_no_sources(wheel: Path) -> None:
     assert "dynwire/py.typed" in names
     python = {str(path.relative_to(ROOT)) for path in (ROOT / "dynwire").rglob("*.py")}
     assert not python - names
+    data = {"text.txt", *(f"model/{path.name}" for path in (ROOT / "dynwire" / "mocker" / "model").iterdir())}
+    assert len(data) == 5 and not {f"dynwire/mocker/{name}" for name in data} - names
     assert [name for name in names if name.endswith((".c", ".pyx", ".pxd", ".html")) or "leftover" in name] == []
     assert [name for name in names if name.split("/")[0] not in ("dynwire", f"dynwire-{VERSION}.dist-info")] == []
     assert "License-Expression: Apache-2.0" in metadata and f"dynwire-{VERSION}.dist-info/licenses/LICENSE" in names

@@ -219,7 +219,7 @@ def test_the_line_may_stand_behind_others() -> None:
 def test_a_plain_request_gets_a_plain_reply() -> None:
     pair = Pair()
     ((_, number, *request),) = pair.worker.deliver(QUEUE + PATH.encode(), b"_INBOX.abc.1", None, b"hello")
-    assert request == [PATH, b"hello", 0, None, None, 0]
+    assert request == [PATH, b"hello", 0, None, None, 60_000]
     assert pair.worker.send_item(number, b"there", last=True)
     ((subject, reply, _, payload),) = pair.worker.output()
     assert (subject, reply, payload) == (b"_INBOX.abc.1", None, b"there")

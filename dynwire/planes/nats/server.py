@@ -16,6 +16,7 @@ from ...nats.connection import NatsConnection
 from ...types import Handler
 from ..serving import KILLED_GRACE_S, EndpointServer
 from .options import wire_limits
+from .queues import ServerQueues
 
 QUEUE_GROUP = "dynwire"
 
@@ -37,6 +38,7 @@ class AsyncNatsServer(EndpointServer):
         self._connection: NatsConnection | None = None
         self._subscription: Any = None
         self._queues: dict[str, asyncio.Task[Any]] = {}
+        self._durable: ServerQueues | None = None
         self._base_context = contextvars.copy_context()
 
     @property
@@ -67,6 +69,8 @@ class AsyncNatsServer(EndpointServer):
             await connection.release()
             raise
         self._connection = connection
+        if self._config.nats.request_mode == "jetstream":
+            self._durable = ServerQueues(connection, self._config, self._link)
         for endpoint in self.entries:
             self._join(endpoint)
         logger.info("serving the nats plane at %s as %s", connection.url, self.address)
@@ -79,9 +83,20 @@ class AsyncNatsServer(EndpointServer):
             self._link.endpoints_changed()
             self._join(endpoint)
 
+    async def endpoint_added(self, endpoint: str) -> None:
+        task = self._queues.get(endpoint)
+        if task is not None:
+            await asyncio.wait((task,))
+        if self._durable is not None:
+            await self._durable.ready(endpoint)
+
     async def remove_endpoint(self, endpoint: str, grace: float = 0.0) -> int:
-        self._leave(endpoint)
+        await self._leave(endpoint)
+        if self._durable is not None:
+            await self._durable.stop(endpoint)
         killed = await super().remove_endpoint(endpoint, grace)
+        if self._durable is not None:
+            await self._durable.close(endpoint)
         if self._connection is not None:
             self._link.endpoints_changed()
         return killed
@@ -89,6 +104,8 @@ class AsyncNatsServer(EndpointServer):
     def _join(self, endpoint: str) -> None:
         """Take requests to any instance of the endpoint too. Who goes through discovery does not need that."""
         self._queues[endpoint] = self._loop.create_task(self._subscribe(endpoint), name=f"dynwire-nats-{endpoint}")
+        if self._durable is not None:
+            self._durable.open(endpoint, self.entries[endpoint].max_in_flight)
 
     async def _subscribe(self, endpoint: str) -> Any:
         assert self._connection is not None
@@ -98,21 +115,24 @@ class AsyncNatsServer(EndpointServer):
             logger.warning("%s is not served to the queue group %r: %s", endpoint, QUEUE_GROUP, error)
             return None
 
-    def _leave(self, endpoint: str) -> None:
+    async def _leave(self, endpoint: str) -> None:
         task = self._queues.pop(endpoint, None)
-        if task is None:
+        if task is None or self._connection is None:
             return
         if not task.done():
             task.cancel()
-        elif not task.cancelled() and task.result() is not None:
-            task.result().unsubscribe()
+            await asyncio.wait((task,))
+        elif task.result() is not None:
+            await self._connection.finish(task.result())
 
     def _kill(self, entry: EndpointEntry | None = None) -> int:
         return 0 if self._connection is None else self._link.kill_tasks(entry)
 
     def stats(self) -> list[dict[str, Any]]:
         """Counters of all requests of this server."""
-        return [] if self._connection is None else [self._link.stats()]
+        if self._connection is None:
+            return []
+        return [self._link.stats() | ({} if self._durable is None else {"queues": self._durable.stats()})]
 
     async def close(self, grace: float = 0.0) -> None:
         if self._closed:
@@ -126,15 +146,20 @@ class AsyncNatsServer(EndpointServer):
             self._link.forget(ManagerClosed("the server was closed"))
             return
         entries = list(self.entries.values())
-        for endpoint in list(self._queues):
-            self._leave(endpoint)
+        if self._durable is not None:
+            await self._durable.stop()
         for entry in entries:
             entry.draining = True
         self._link.go_away()
+        for endpoint in list(self._queues):
+            await self._leave(endpoint)
         await self._wait_idle(entries, grace)
         if self._kill():
             await self._wait_idle(entries, KILLED_GRACE_S)
-        self._subscription.unsubscribe()
+        if self._durable is not None:
+            await self._durable.close()
+        # What had been sent before the NATS server heard of it is refused, not lost.
+        await connection.finish(self._subscription)
         self._link.close(ManagerClosed("the server was closed"))
         await connection.release()
         self.entries.clear()
