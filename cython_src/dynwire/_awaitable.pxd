@@ -132,6 +132,7 @@ cdef class HandlerTask(StreamBase):
     cdef bint timed_out
     cdef bint evicted                # killed because this worker is shutting down
     cdef bint closing                # the generator is being closed
+    cdef bint driven                 # the generator is sent to without an awaitable for each item
     cdef object held                 # encoded item that waits for credit
     cdef int held_kind
     cdef bint held_last

@@ -76,6 +76,29 @@ cdef extern from *:
         }
         return m->am_anext(agen);
     }
+    /* What the frame of an async generator yields is wrapped in an object of a private type, which refers to nothing else; what it
+       awaits is not wrapped. Whoever sends to the generator itself, and not to what anext() returns, saves two objects and an
+       exception for each item. */
+    static int dw_drivable(PyObject *agen) {
+    #if PY_VERSION_HEX < 0x030F0000
+        return Py_IS_TYPE(agen, &PyAsyncGen_Type) && Py_TYPE(agen)->tp_as_async->am_send != NULL;
+    #else
+        return 0;
+    #endif
+    }
+    static int dw_is_item(PyObject *o) {
+        static PyTypeObject *wrapper = NULL;
+        PyTypeObject *type = Py_TYPE(o);
+        if (wrapper == NULL && !PyType_HasFeature(type, Py_TPFLAGS_HEAPTYPE)
+                && strcmp(type->tp_name, "async_generator_wrapped_value") == 0) wrapper = type;
+        return type == wrapper;
+    }
+    static int dw_first(PyObject *o, void *arg) { *(PyObject **)arg = o; return 1; }
+    static PyObject *dw_item(PyObject *wrapped) {
+        PyObject *item = NULL;
+        Py_TYPE(wrapped)->tp_traverse(wrapped, dw_first, &item);
+        return Py_XNewRef(item);
+    }
     /* The variables of a contextvars.Context: an immutable mapping, replaced at every set. Python's headers do not show the
        struct; it is the same from 3.7 to 3.14, and dw_one_mapping looks at what is found there. */
     typedef struct { PyObject_HEAD PyObject *prev; PyObject *vars; } dw_pycontext;
@@ -114,6 +137,9 @@ cdef extern from *:
     ctypedef int (*dw_sendfunc)(PyObject *, PyObject *, PyObject **)
     void dw_set_am_send(PyObject *type, dw_sendfunc f)
     object dw_anext(object agen)
+    bint dw_drivable(object agen)
+    bint dw_is_item(object o)
+    object dw_item(object wrapped)
     bint dw_is_task_wakeup(object callback)
 
 cdef extern from "Python.h":
@@ -1005,8 +1031,13 @@ cdef class HandlerTask(StreamBase):
                         self.awaitable = self.coro.athrow(error)
                         self.closing = True
                         error = None
+                    elif self.driven:
+                        self.awaitable = self.coro
                     else:
                         self.awaitable = dw_anext(self.coro)
+                elif error is not None and self.driven and self.awaitable is self.coro:
+                    self.awaitable = self.coro.athrow(error)  # at its await; it has no throw() of its own
+                    error = None
                 if error is not None:
                     raised, error = error, None
                     try:
@@ -1021,6 +1052,14 @@ cdef class HandlerTask(StreamBase):
                     state = PyIter_Send(self.awaitable, None, &result)
                     value = <object>result
                     Py_DECREF(value)
+                if self.driven and self.awaitable is self.coro:
+                    if state == PYGEN_RETURN:
+                        self.awaitable = None
+                        self.finish_ok(None)
+                        return 0
+                    if dw_is_item(value):
+                        value = dw_item(value)
+                        state = PYGEN_RETURN
                 if state == PYGEN_NEXT:
                     self.suspend(value)
                     return 0
@@ -1031,6 +1070,8 @@ cdef class HandlerTask(StreamBase):
                 self.awaitable = None
                 if self.closing:
                     raise RuntimeError("the streaming handler yielded an item after it was killed")
+                # The first step went through anext(), which tells the loop of the generator (sys.set_asyncgen_hooks).
+                self.driven = dw_drivable(self.coro)
                 if not self.emit(value, False):
                     return 0
                 if self._must_cancel:
@@ -1351,6 +1392,7 @@ cdef class HandlerTask(StreamBase):
         self.timed_out = False
         self.evicted = False
         self.closing = False
+        self.driven = False
         return 0
 
     cdef int kill(self) except -1:
