@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """What does KV-aware routing bring? Four simulated workers, a multi-turn trace with shared system prompts, in simulated time.
 
-The trace is generated from a seed: conversations of several turns that begin with one of a few system prompts; a turn comes when the
-answer to the one before has been read. The same trace is run with round robin, with the KV router fed by events, with the KV router
-without events (approximate), and on one worker that has the sum of the caches. The engines are those of ``dynwire.mocker``, the
-decisions those of ``dynwire.kv_router``; only the network is left out.
+The trace is generated from a seed: conversations of several turns that begin with one of a few system prompts; a turn comes when
+the answer to the one before has been read. The same trace is run with round robin, with the KV router fed by events, with the KV
+router without events (approximate), and on one worker that has the sum of the caches. The engines are those of
+``dynwire.mocker``, the decisions those of ``dynwire.kv_router``; only the network is left out.
 
     python benchmarks/kv_routing.py [--seed 1] [--conversations 200]
 """

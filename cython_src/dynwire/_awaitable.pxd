@@ -38,6 +38,7 @@ cdef class Waiter(StreamBase):
     cdef double total_deadline
     cdef double phase_deadline
     cdef double total_timeout
+    cdef str total_setting           # what set it, if that was not the call; for the error
     cdef double phase_timeout
     cdef str phase
     cdef object request_id_

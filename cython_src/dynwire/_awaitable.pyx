@@ -20,6 +20,7 @@ from asyncio import CancelledError, InvalidStateError
 from asyncio.tasks import _current_tasks, _register_task, _unregister_task
 from contextvars import copy_context
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.math cimport INFINITY
@@ -359,7 +360,7 @@ cdef class Waiter(StreamBase):
         peer = self.channel.peer if self.channel is not None else None
         phase = "total" if total else self.phase
         remedy = {
-            "total": "timeout=",
+            "total": self.total_setting or "timeout=",
             "accept": "DYN_TCP_REQUEST_TIMEOUT or Timeouts(accept=…)",
             "first_item": "Timeouts(first_item=…)",
             "between_items": "Timeouts(between_items=…)",
@@ -452,6 +453,10 @@ cdef class CallFuture(Waiter):
                 peer=self.channel.peer, phase="reply", sent="yes", request_id=self.request_id(), retryable=False,
             ), True)  # fmt: skip
         return self._succeed(item, kind)
+
+    cdef bint on_restart(self) except -1:
+        self.value = None
+        return True
 
     cdef int _succeed(self, object item, int kind) except -1:
         if kind == 0 and self.reply_type is None:
@@ -636,6 +641,16 @@ cdef class ItemReader(Waiter):
         if self.waiting:
             return self.wake(True)
         return 0
+
+    cdef bint on_restart(self) except -1:
+        if self.delivered or self.closed:
+            return False
+        # Their credit goes with them: the new run begins with a full window.
+        self.items.clear()
+        self.head = 0
+        if self.phase == "between_items":
+            self.set_phase("first_item", self.first_item_timeout)
+        return True
 
     cdef int add(self, object item, Py_ssize_t cost) except -1:
         cdef Py_ssize_t n = len(self.items)
@@ -919,7 +934,8 @@ cdef class HandlerTask(StreamBase):
         context._id = self.in_id
         context._connection_id = conn.connection_id
         context._seq = self.seq
-        context.delivery_count = 1
+        # Runs that the caller began anew, and deliveries of the last of them.
+        context.delivery_count = (self.attempt >> 10) + (self.attempt & 1023) if self.attempt else 1
         self.context = context
         entry.in_flight += 1
         entry.started += 1
@@ -1100,30 +1116,35 @@ cdef class HandlerTask(StreamBase):
     cdef int emit(self, object item, bint last) except -1:
         """Send an item, or hold it until there is credit. Returns whether the next one may be produced."""
         cdef Py_buffer view
+        cdef bint viewed = not PyBytes_CheckExact(item)
         cdef Link conn = self.conn
         cdef int kind = 0
         if conn is None:
             return 0 if last else 1  # the caller is gone; the handler has been killed and will notice
-        try:
-            if not PyObject_CheckBuffer(item):
-                kind = self.reply_kind
-                if kind == 0:
-                    kind = 2 if self.entry.codec == "json" else 1
-                if kind == 1:
-                    try:
-                        item = _msgpack_encode(item)
-                    except (TypeError, ValueError, OverflowError, RecursionError, NotImplementedError, msgspec.MsgspecError):
-                        item = encode(item, "msgpack")  # raises a DecodeError that names the type
-                else:
-                    item = encode(item, "json")
-            PyObject_GetBuffer(item, &view, 0)
-        except DecodeError as error:
-            error.sent = "yes"
-            self.finish_error(error, True)
-            return 0
-        except (BufferError, ValueError) as error:
-            self.finish_error(error, False)
-            return 0
+        if viewed:
+            try:
+                if not PyObject_CheckBuffer(item):
+                    kind = self.reply_kind
+                    if kind == 0:
+                        kind = 2 if self.entry.codec == "json" else 1
+                    if kind == 1:
+                        try:
+                            item = _msgpack_encode(item)
+                        except (TypeError, ValueError, OverflowError, RecursionError, NotImplementedError, msgspec.MsgspecError):
+                            item = encode(item, "msgpack")  # raises a DecodeError that names the type
+                    else:
+                        item = encode(item, "json")
+                PyObject_GetBuffer(item, &view, 0)
+            except DecodeError as error:
+                error.sent = "yes"
+                self.finish_error(error, True)
+                return 0
+            except (BufferError, ValueError) as error:
+                self.finish_error(error, False)
+                return 0
+        else:  # tokens, mostly: the buffer protocol costs more than what it says here
+            view.buf = PyBytes_AS_STRING(item)
+            view.len = PyBytes_GET_SIZE(item)
         try:
             limit = min(conn.peer_max_message, conn.max_message)
             if view.len > limit:
@@ -1137,7 +1158,8 @@ cdef class HandlerTask(StreamBase):
             self.item_sent = True
             conn.put_item(self, <const unsigned char *>view.buf, view.len, item, kind, last)
         finally:
-            PyBuffer_Release(&view)
+            if viewed:
+                PyBuffer_Release(&view)
         conn.wrote()
         if last:
             if not self.state & S_SENDING:
@@ -1312,6 +1334,7 @@ cdef class HandlerTask(StreamBase):
         self.in_id = None
         self.under = None
         self.reply_kind_ = 0
+        self.attempt = 0
         self.state = 0
         self.refund = 0
         self.timer = INFINITY

@@ -186,7 +186,9 @@ cdef object _error_text = msgspec.msgpack.Decoder().decode
 # What a header line can carry as it is: the name a token (RFC 9110), the value without control characters and blanks at its ends.
 cdef object _name_fits = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
 cdef object _value_fits = re.compile(r"(?![ ])[^\x00-\x1f\x7f\ud800-\udfff]*(?<![ ])").fullmatch
-cdef tuple _RESERVED = ("d", "dynwire-id", "dynwire-meta", "dynwire-token")
+cdef tuple _RESERVED = ("d", "dynwire-id", "dynwire-meta", "dynwire-token", "dynwire-inbox")
+# Those with this beginning are orders to JetStream.
+cdef str _SERVERS_OWN = "nats-"
 
 
 cdef bytes header_lines(dict headers, object request_id, bytes token):
@@ -201,7 +203,8 @@ cdef bytes header_lines(dict headers, object request_id, bytes token):
             rest["x-request-id"] = request_id
     if headers:
         for name, value in headers.items():
-            if _name_fits(name) and _value_fits(value) and name.lower() not in _RESERVED:
+            lower = name.lower()
+            if _name_fits(name) and _value_fits(value) and lower not in _RESERVED and not lower.startswith(_SERVERS_OWN):
                 lines.append(f"{name}: {value}\r\n")
             else:
                 rest[name] = value
@@ -233,7 +236,7 @@ def read_headers(bytes lines):
         name, colon, value = line.partition(":")
         name = name.strip().lower()
         value = value.strip(" \t")
-        if not colon or not name or name == "d":
+        if not colon or not name or name == "d" or name == "dynwire-inbox" or name.startswith(_SERVERS_OWN):
             continue
         if name == "dynwire-id":
             request_id = value
@@ -339,6 +342,7 @@ cdef class NatsWire(Link):
         """The connection to the NATS server came, or went."""
         self.now = now
         if not self.up():
+            self.came_back = True
             self.tick_at = INFINITY
             return 0
         if not self.is_client:
@@ -490,7 +494,7 @@ cdef class NatsWire(Link):
         return PeerLost(
             f"items of a stream from {peer.address} were lost on their way through the NATS server: {index - stream.mark} from "
             f"number {stream.mark} on (its connection to a client or worker broke, or a client was too slow for it)",
-            peer=peer.address, sent="yes",
+            peer=peer.address, sent="yes", details={"alive": True},
         )  # fmt: skip
 
     cdef bint new_attempt(self, StreamBase stream, uint32_t attempt) except -1:
@@ -552,7 +556,7 @@ cdef class NatsWire(Link):
             return 0
         if found == DW_NATS_STATUS and f.kind == NO_RESPONDERS:
             self.gone(peer)
-            if self.now < self.up_at + GRACE_S:
+            if self.came_back and self.now < self.up_at + GRACE_S and peer.heard < self.up_at:
                 peer.probed = self.now - 8 * self.probe_interval + RETRY_S  # it may be reconnecting as we did: again soon
                 self.tick_at = min(self.tick_at, self.now + RETRY_S)
                 return 0
@@ -603,7 +607,7 @@ cdef class NatsWire(Link):
                     self.gaps += 1
                     self.lose(stream, PeerLost(
                         f"{peer.address} does not know the request (any more): it or the end of its reply was lost on the way "
-                        "through the NATS server", peer=peer.address, sent="maybe",
+                        "through the NATS server", peer=peer.address, sent="maybe", details={"alive": True},
                     ))  # fmt: skip
                 elif not decimal(p, eol - p, &count):
                     self.malformed += 1
@@ -755,6 +759,7 @@ cdef class NatsWire(Link):
             item = payload_copy(payload, n) if owner is None else payload_of_block(<Block>owner, n)
         else:
             item = PyBytes_FromStringAndSize(<const char *>payload, n)
+        self.before_request(stream, &f)
         self.on_request(stream, target, item, <int>f.v[0], meta, <uint32_t>f.v[3])
         if stream.conn is self:
             # Not answered at once: from now on messages may name it.
@@ -762,6 +767,9 @@ cdef class NatsWire(Link):
             self.by_reply[inbox] = stream
             if self.tick_at == INFINITY:
                 self.tick_at = self.now + 4 * self.probe_interval
+        return 0
+
+    cdef int before_request(self, StreamBase stream, fields *f) except -1:
         return 0
 
     cdef int caller_of(self, const unsigned char *reply, size_t n) except -1:
@@ -797,7 +805,7 @@ cdef class NatsWire(Link):
             if f.kind == NO_RESPONDERS and rest_n == 2 + TOKEN_BYTES and dw_nats_hex(rest + 2, 6, &a) and \
                     dw_nats_hex(rest + 8, 8, &b):
                 stream = self.get_slot(a)
-                if stream is not None and stream.seq == b:
+                if stream is not None and stream.seq == b and self.may_lose_caller(stream):
                     self.free_slot(stream)
                     return stream.on_lost(PeerLost("the caller is gone: nobody listens to its inbox", sent="yes"))
                 return 0
@@ -886,13 +894,18 @@ cdef class NatsWire(Link):
         if prefix is None:
             self.stale += 1
             return 0
-        if self.now < self.up_at + GRACE_S:
+        if self.came_back and self.now < self.up_at + GRACE_S:
             return 0  # it may be reconnecting as we did; the next tick asks again
         for inbox, stream in list(self.by_reply.items()):
-            if stream.conn is self and (<bytes>inbox).startswith(prefix) and not stream.in_flags & F_FOREIGN:
+            if stream.conn is self and (<bytes>inbox).startswith(prefix) and not stream.in_flags & F_FOREIGN and \
+                    self.may_lose_caller(stream):
                 self.free_slot(stream)
                 stream.on_lost(PeerLost("the caller is gone: nobody listens to its inboxes", sent="yes"))
         return 0
+
+    cdef bint may_lose_caller(self, StreamBase stream) except -1:
+        """The NATS server says that nobody listens for the replies: does that end the request?"""
+        return True
 
     cdef int forget_targets(self) except -1:
         """Endpoints were added or removed."""
@@ -1259,8 +1272,8 @@ cdef class NatsWire(Link):
         return self.wrote()
 
     cdef bint fresh(self, NatsPeer peer, double now):
-        """Was the worker there a moment ago? If not, asking costs less than a stream that fails."""
-        return peer.state == P_ALIVE and now - peer.heard < 4 * self.probe_interval
+        """Was the worker there a moment ago, and since the connection came back? If not, asking costs less than a failure."""
+        return peer.state == P_ALIVE and now - peer.heard < 4 * self.probe_interval and peer.heard >= self.up_at
 
     cdef int ping(self, NatsPeer peer, double now) except -1:
         """Ask whether the worker is there; `on_peer` tells."""
@@ -1320,6 +1333,14 @@ cdef bytes _TOO_LONG = error_body(PeerLost(
     "the worker ended the request with an error whose text exceeds max_payload of the NATS server", sent="yes", retryable=False
 ))  # fmt: skip
 cdef dict _CONTENT_TYPES = {"application/json": 2, "application/msgpack": 1, "application/octet-stream": 0}
+
+
+cdef int parse_headers(const unsigned char *h, size_t n, fields *f, size_t *others) noexcept nogil:
+    return dw_nats_parse(h, n, <dw_nats_fields *>f, others)
+
+
+cdef bint parse_token(const unsigned char *p, uint32_t *slot, uint32_t *seq) noexcept nogil:
+    return dw_nats_hex(p, 6, slot) and dw_nats_hex(p + 6, 8, seq)
 
 
 cdef bint printable(const unsigned char *p, size_t n) noexcept nogil:

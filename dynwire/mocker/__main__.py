@@ -17,6 +17,7 @@ from ..errors import ConfigError
 from ..types import EndpointId
 from ..wire.kv_events import as_cache_event
 from ..workers.card import EngineLimits, ModelCard, find_model
+from ..workers.events import KV_EVENTS_CHOICES, KV_EVENTS_HELP, publishes_kv_events
 from ..workers.process import DEFAULT_GRACE_S, Signals, run_process
 from ..workers.protocol import EngineRequest
 from . import TINY_MODEL
@@ -66,8 +67,7 @@ def parser() -> argparse.ArgumentParser:
     add("--data-parallel-size", "--dp-size", dest="dp_size", type=_count, default=1, metavar="N",
         help="ranks per worker, each with a scheduler and a cache")  # fmt: skip
 
-    add("--kv-events", choices=("auto", "on", "off"), default="auto",
-        help="publish what the cache holds on the event plane; auto: if DYN_EVENT_PLANE or NATS_SERVER is set")  # fmt: skip
+    add("--kv-events", choices=KV_EVENTS_CHOICES, default="auto", help=KV_EVENTS_HELP)
 
     simulation = made.add_argument_group("simulation")
     add = simulation.add_argument
@@ -138,7 +138,7 @@ async def serve(arguments: argparse.Namespace) -> bool:
     services: list[ModelService] = []
     engines: list[Engine] = []
     publishers: list[KvEventPublisher] = []
-    with_events = _publishes(arguments.kv_events, config)
+    with_events = publishes_kv_events(arguments.kv_events, config)
     try:
         for number in range(arguments.num_workers):
             manager = AsyncNetworkManager(config=config if number == 0 else _on_free_ports(config))
@@ -174,13 +174,6 @@ async def serve(arguments: argparse.Namespace) -> bool:
         await asyncio.gather(*(manager.close() for manager in managers))
         for engine in engines:
             engine.close()
-
-
-def _publishes(choice: str, config: Config) -> bool:
-    """Whether cache events are published. By default only if somebody has said how, so that a laptop needs no NATS server."""
-    if config.events.plane == "none" or choice == "off":
-        return False
-    return choice == "on" or any(config.origins.get(name, "default") != "default" for name in ("events.plane", "nats.servers"))
 
 
 def _publish(publishers: list[KvEventPublisher], number: int, event: dict[str, Any]) -> None:

@@ -521,6 +521,38 @@ def test_a_worker_that_reconnects_later_is_not_lost() -> None:
     assert lost and now <= 4.0
 
 
+def test_nobody_listens_is_proof_without_an_outage_and_after_a_sign_of_life() -> None:
+    pair = Pair()
+    pair.client.set_port(state=UP, now=1.0)
+    pair.ask()
+    pair.worker_there = False
+    assert [event[1:4:2] for event in probes_and_events(pair, 1.9)] == [("lost", "PeerLost")]
+    pair.worker_there = True
+    number = pair.ask()
+    pair.client.set_port(state=DOWN, now=2.0)
+    pair.client.set_port(state=UP, now=2.1)
+    pair.worker.send_item(number)
+    pair.pass_on(2.2)
+    pair.worker_there = False
+    assert [event[1:4:2] for event in probes_and_events(pair, 3.0)] == [("lost", "PeerLost")], (
+        "its connection was back, and is gone again"
+    )
+
+
+def test_a_worker_is_asked_again_after_an_outage() -> None:
+    """A request would fail if its connection takes longer to come back."""
+    pair = Pair()
+    pair.client.ping_peer(pair.peer)
+    pair.pass_on(1.0)
+    assert pair.client.is_fresh(pair.peer, 1.1)
+    pair.client.set_port(state=DOWN, now=1.2)
+    pair.client.set_port(state=UP, now=1.3)
+    assert not pair.client.is_fresh(pair.peer, 1.3)
+    pair.client.ping_peer(pair.peer, 1.4)
+    pair.pass_on(1.4)
+    assert pair.client.is_fresh(pair.peer, 1.5)
+
+
 def test_a_caller_that_reconnects_later_is_not_lost() -> None:
     pair = Pair()
     number = pair.ask()
