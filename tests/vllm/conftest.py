@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -64,8 +66,6 @@ class Process:
 @contextmanager
 def running(module_or_script: list[str], env: dict[str, str], log: Path) -> Iterator[Process]:
     """Start Python, yield when it serves. Fails with the log if it ends before."""
-    import time
-
     started = Process([sys.executable, *module_or_script], env, log)
     try:
         deadline = time.monotonic() + START_S
@@ -76,6 +76,12 @@ def running(module_or_script: list[str], env: dict[str, str], log: Path) -> Iter
         yield started
     finally:
         started.close()
+
+
+@pytest.fixture
+def loop_factory(leak_guard: None) -> Callable[[], asyncio.AbstractEventLoop]:
+    """One kind of loop is enough for the callers here; engines take their time."""
+    return asyncio.new_event_loop
 
 
 @pytest.fixture(scope="session")

@@ -29,11 +29,7 @@ GREEDY = SamplingOptions(temperature=0.0)
 RNG = random.Random(5)
 PROMPTS = [[RNG.randrange(3, 1024) for _ in range(length)] for length in (1, 31, 32, 33, 200)]
 
-pytestmark = [
-    needs_vllm,
-    pytest.mark.hard_timeout(START_S + 60),
-    pytest.mark.parametrize("loop_factory", ["asyncio"], indirect=True),
-]
+pytestmark = [needs_vllm, pytest.mark.hard_timeout(START_S + 60)]
 
 
 @pytest.fixture(scope="module")
