@@ -35,6 +35,12 @@ ACK_WAIT_S = 1.0
 
 
 @pytest.fixture
+def loop_factory(leak_guard: None) -> Callable[[], asyncio.AbstractEventLoop]:
+    """One loop: what is tested is between processes, or between us and the server."""
+    return asyncio.new_event_loop
+
+
+@pytest.fixture
 def server() -> Iterator[NatsServer]:
     """One of its own for each test: some kill it, or fill its storage."""
     try:
@@ -292,10 +298,9 @@ async def test_a_call_knows_soon_that_its_worker_was_killed(manager: Managers, w
         changes = {"DYNWIRE_NATS_QUEUE_ACK_WAIT": 60}
         first = workers.start(**changes)
         workers.start(**changes)
-        call = asyncio.ensure_future(client.call({"n": 1, "seconds": 4.0}))
-        await workers.until_running(1)
-        # long enough for the worker to have said that it has the request
-        await asyncio.sleep(3.0)
+        call = asyncio.ensure_future(client.call({"n": 1, "seconds": 2.0}))
+        # until the worker has said that it has the request
+        await eventually(lambda: any(request["worker"] for request in caller_requests(made)))
         killed = {pid for _, _, pid in workers.executions()}
         for worker in workers._started:
             if worker.pid in killed:
@@ -353,6 +358,12 @@ def caller_stats(manager: Manager) -> dict[str, Any]:
     (client,) = runtime._clients.values()
     found: dict[str, Any] = client.stats()  # type: ignore[attr-defined]
     return found
+
+
+def caller_requests(manager: Manager) -> list[dict[str, Any]]:
+    """What the calls of an async manager know of their queued requests."""
+    clients = [client for runtime in manager.real._runtimes.values() for client in runtime._clients.values()]  # type: ignore[union-attr]
+    return [request for client in clients for request in client.link.requests()]  # type: ignore[attr-defined]
 
 
 async def test_a_stream_that_nobody_has_read_starts_again_unseen(manager: Managers, workers: Workers) -> None:

@@ -29,6 +29,12 @@ CONFIG = NatsConfig(queue_ack_wait=1.0, queue_max_bytes=1 << 20)
 
 
 @pytest.fixture
+def loop_factory(leak_guard: None) -> Callable[[], asyncio.AbstractEventLoop]:
+    """One loop: what is tested is between processes, or between us and the server."""
+    return asyncio.new_event_loop
+
+
+@pytest.fixture
 def server() -> Iterator[NatsServer]:
     """One of its own for each test: the queue is the same, and some kill it."""
     try:

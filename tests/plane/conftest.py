@@ -27,6 +27,9 @@ Managers = Callable[..., AbstractAsyncContextManager[Manager]]
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "faces(*names): the APIs the test is for, of async and blocking")
     config.addinivalue_line("markers", "planes(*names): the planes the test is for")
+    config.addinivalue_line(
+        "markers", "not_queued(reason): in durable mode of the nats plane it is otherwise, and tested elsewhere"
+    )
 
 
 def available_planes() -> list[str]:
@@ -68,7 +71,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         # the slow way through nats-py is a way out, and has tests of its own
         if engine != "plain" or (face == "async" and loop == "asyncio")
         # in durable mode what differs is the way of a request, not the loop
-        if engine != "jetstream" or loop == "asyncio"
+        if engine != "jetstream" or (loop == "asyncio" and not metafunc.definition.get_closest_marker("not_queued"))
     ]
     metafunc.parametrize(("plane", "face", "loop_kind", "engine"), combinations)
 
