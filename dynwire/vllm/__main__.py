@@ -82,14 +82,13 @@ async def serve(arguments: argparse.Namespace) -> bool:
             return False
         block_size, blocks = engine.cache_config.block_size, engine.cache_config.num_gpu_blocks
         scheduler = engine.scheduler_config
+        per_rank = blocks // ranks if blocks else None
         card = ModelCard.from_directory(
             directory,
             name,
             block_size=block_size,
             context_length=engine.model_config.max_model_len,
-            limits=EngineLimits(
-                blocks // ranks if blocks else None, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, ranks
-            ),
+            limits=EngineLimits(per_rank, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, ranks),
         )
         worker = VllmWorker(llm)
         manager = AsyncNetworkManager(config=config)
