@@ -74,6 +74,7 @@ async def serve(arguments: argparse.Namespace) -> bool:
     publisher: KvEventPublisher | None = None
     manager: AsyncNetworkManager | None = None
     llm: Any = None
+    forced = False
     try:
         args, engine = engine_config(arguments, events.endpoint if events is not None else None)
         llm = await start_engine(args, engine, signals.first, guard)
@@ -81,12 +82,13 @@ async def serve(arguments: argparse.Namespace) -> bool:
             return False
         block_size, blocks = engine.cache_config.block_size, engine.cache_config.num_gpu_blocks
         scheduler = engine.scheduler_config
+        per_rank = blocks // ranks if blocks else None
         card = ModelCard.from_directory(
             directory,
             name,
             block_size=block_size,
             context_length=engine.model_config.max_model_len,
-            limits=EngineLimits(blocks // ranks, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, ranks),
+            limits=EngineLimits(per_rank, scheduler.max_num_seqs, scheduler.max_num_batched_tokens, ranks),
         )
         worker = VllmWorker(llm)
         manager = AsyncNetworkManager(config=config)
@@ -124,15 +126,16 @@ async def serve(arguments: argparse.Namespace) -> bool:
         if not draining.done():
             await service.drain(0.0)
         death.cancel()
-        return await draining
+        forced = await draining
+        return forced
     finally:
         if publisher is not None:
             await publisher.close()
         if manager is not None:
             await manager.close()
-        if llm is not None:
+        if llm is not None and not forced:
             await stop_engine(llm)
-        guard.close()
+        guard.close()  # after a second signal, this is what ends the engine
         if events is not None:
             await events.close()
 

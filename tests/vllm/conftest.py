@@ -22,7 +22,7 @@ START_S = 240.0
 """Starting an engine takes 20 s on two idle cores, most of it importing vLLM in three processes."""
 
 FLAGS = ("--enforce-eager", "--dtype", "float32", "--block-size", "32")
-"""Eager, because compiling takes longer than these tests; float32 and blocks of 32 are what vLLM's CPU kernels have for the model"""
+"""Eager, because compiling takes longer than these tests; float32 and blocks of 32 are what vLLM's CPU kernels take"""
 
 
 def environment(discovery: Path, **further: str) -> dict[str, str]:

@@ -1,11 +1,11 @@
 """One vLLM engine behind the worker's handler on every plane, and behind a handler that calls vLLM directly.
 
-``python tests/vllm/planes.py MODEL PLANE …``; endpoints ``test.PLANE.generate``, ``test.direct.generate`` and ``test.direct.running``.
+``python tests/vllm/planes.py MODEL PLANE …``; endpoints ``test.PLANE.generate``, ``test.direct.generate`` and
+``test.direct.running``.
 """
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from typing import Any
 

@@ -82,7 +82,7 @@ class Face:
 
     async def none_running(self) -> None:
         async with asyncio.timeout(20):
-            while await self.running():
+            while await self.running():  # noqa: ASYNC110  # in another process
                 await asyncio.sleep(0.01)
 
 
@@ -116,7 +116,7 @@ async def test_leaving_a_stream_aborts_the_request(plane: str, after: int) -> No
                 await stream.__anext__()
             if not after:
                 waiting = asyncio.ensure_future(stream.__anext__())
-                while not await face.running() and not waiting.done():
+                while not await face.running() and not waiting.done():  # noqa: ASYNC110  # in another process
                     await asyncio.sleep(0.001)
                 waiting.cancel()
                 await asyncio.wait([waiting])
@@ -154,7 +154,7 @@ async def test_logprobs_and_alternatives() -> None:
 async def test_stop_tokens_and_the_smallest_length() -> None:
     async with Face("tcp") as face:
         whole = tokens_of(await face.items(request(PROMPTS[1], 30)))
-        # a token whose first use is late enough to tell, as a stop token, as the end of text, and in both cases not before min_tokens
+        # a token whose first use is late enough to tell: as a stop token, as an end of text, and not before min_tokens
         at = next(n for n in range(5, 30) if whole[n] not in whole[:n])
         for fields in ({"stop_token_ids": [whole[at]], "ignore_eos": True}, {"stop_token_ids": [whole[at]]}):
             items = await face.items(request(PROMPTS[1], None, stop=StopConditions(max_tokens=30, **fields)))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import random
 import select
@@ -197,6 +196,29 @@ async def test_draining_lets_an_answer_finish(model: Path, discovery_dir: Path, 
                         tokens += len(item["token_ids"])
                 assert tokens == 400
             assert worker.process.wait(60) == 0 and "draining, up to 30 s" in worker.text
+            assert select.select([engine], [], [], 0)[0], "the engine still runs"
+        finally:
+            os.close(engine)
+
+
+async def test_a_second_signal_ends_at_once(model: Path, discovery_dir: Path, tmp_path: Path) -> None:
+    with running(flags(model), environment(discovery_dir), tmp_path / "log") as worker:
+        engine = os.pidfd_open(engine_of(worker.process.pid) or 0)
+        try:
+            async with dynwire.AsyncNetworkManager() as manager:
+                client = await manager.endpoint(DEFAULT_ENDPOINT).client()
+                await client.wait_for_instances(1, 10.0)
+                asked = {"model": "m", "token_ids": [5, 6, 7], "stop_conditions": {"max_tokens": 500, "ignore_eos": True}}
+                tokens = 0
+                with pytest.raises(dynwire.PeerLost):
+                    async with client.stream(asked, timeout=60.0) as stream:
+                        async for item in stream:
+                            if not tokens:
+                                worker.process.send_signal(signal.SIGTERM)
+                                await eventually(lambda: "draining, up to" in worker.text)
+                                worker.process.send_signal(signal.SIGTERM)
+                            tokens += len(item["token_ids"])
+            assert worker.process.wait(20) == 1
             assert select.select([engine], [], [], 0)[0], "the engine still runs"
         finally:
             os.close(engine)
