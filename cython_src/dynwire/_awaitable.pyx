@@ -76,8 +76,8 @@ cdef extern from *:
         }
         return m->am_anext(agen);
     }
-    /* What the frame of an async generator yields is wrapped in an object of a private type, which refers to nothing else; what it
-       awaits is not wrapped. Whoever sends to the generator itself, and not to what anext() returns, saves two objects and an
+    /* What the frame of an async generator yields is wrapped in an object of a private type, which refers to nothing else; what
+       it awaits is not wrapped. Whoever sends to the generator itself, and not to what anext() returns, saves two objects and an
        exception for each item. */
     static int dw_drivable(PyObject *agen) {
     #if PY_VERSION_HEX < 0x030F0000

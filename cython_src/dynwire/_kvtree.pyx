@@ -113,7 +113,10 @@ CLEARED = "cleared"
 
 
 class OverlapScores:
-    """Result of `RadixTree.find_matches`: matched blocks from the beginning of the prompt, per (worker_id, dp_rank)."""
+    """OverlapScores(scores, tree_sizes)
+
+    Result of `RadixTree.find_matches`: matched blocks from the beginning of the prompt, per (worker_id, dp_rank).
+    """
 
     __slots__ = ("scores", "tree_sizes")
 
