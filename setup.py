@@ -17,7 +17,8 @@ from setuptools import Extension, setup
 # fmt: off
 MODULES = [
     "_buffers", "_context", "_link", "_frames", "_hpack", "_http2", "_http2lib", "_httpwire",
-    "_awaitable", "_tcpio", "_httpio", "_portal", "_kvhash", "_kvtree", "_natsproto", "_natsport", "_natswire", "_natsio",
+    "_awaitable", "_tcpio", "_httpio", "_portal", "_kvhash", "_kvtree", "_natsproto", "_natsport", "_natswire",
+    "_natsqueue", "_natsio",
 ]
 # fmt: on
 

@@ -15,6 +15,7 @@ class Exchange: ...
 class HttpWire(Link):
     routes: dict[bytes, str]
     fixed: dict[bytes, tuple[list[tuple[bytes, bytes]], bytes]]
+    leniency: float
     # Constructors with **limits are written as __new__: stubs of __init__ are compared with the compiled signature by name.
     def __new__(
         cls,

@@ -8,7 +8,8 @@ from ._awaitable import CallFuture, ChannelBase, EndpointEntry, HandlerTask, Ite
 from ._context import INHERITED_HEADERS as INHERITED_HEADERS
 from ._context import Context
 from ._natsproto import MessagePort, MessageSink
-from ._natswire import NatsPeer, NatsWire
+from ._natsqueue import QueueWire
+from ._natswire import NatsPeer
 from .codec import msgpack_encode as msgpack_encode
 from .errors import DynwireError
 from .types import Instance, Timeouts
@@ -37,7 +38,7 @@ class LinkSink(MessageSink): ...
 
 # Constructors with **limits are written as __new__: stubs of __init__ are compared with the compiled signature by name.
 @disjoint_base
-class NatsLink(NatsWire):
+class NatsLink(QueueWire):
     def __new__(cls, is_client: bool, subject: bytes, loop: asyncio.AbstractEventLoop, **limits: Any) -> Self: ...
     @property
     def loop(self) -> asyncio.AbstractEventLoop: ...
@@ -54,6 +55,8 @@ class NatsLink(NatsWire):
 
 class NatsClientLink(NatsLink):
     def __new__(cls, subject: bytes, loop: asyncio.AbstractEventLoop, options: RequestOptions, **limits: Any) -> Self: ...
+    @property
+    def unsettled(self) -> bool: ...
     def ask_peer(self, peer: NatsPeer) -> asyncio.Future[DynwireError | None]: ...
 
 @disjoint_base
@@ -82,6 +85,9 @@ class NatsChannel(ChannelBase):
     ) -> ItemStream: ...
 
 @disjoint_base
+class QueueChannel(NatsChannel): ...
+
+@disjoint_base
 class NatsServerLink(NatsLink):
     def __new__(
         cls,
@@ -97,3 +103,8 @@ class NatsServerLink(NatsLink):
     def go_away(self) -> None: ...
     def tasks(self, entry: EndpointEntry | None = None) -> list[HandlerTask]: ...
     def kill_tasks(self, entry: EndpointEntry | None = None) -> int: ...
+
+@disjoint_base
+class QueueSink(MessageSink):
+    def __init__(self, link: NatsServerLink, endpoint: str) -> None: ...
+    consumer: Any

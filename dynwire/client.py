@@ -315,7 +315,8 @@ class AsyncClient:
             return found
         self._check_open()
         runtime = await self._manager._runtime()
-        route = Route(self.endpoint, self.router, runtime.plane.name, runtime.client(self.codec).channel, self._accepts)
+        make_channel, queue = runtime.client(self.codec).channel, runtime.plane.queue(runtime.config, self.endpoint)
+        route = Route(self.endpoint, self.router, runtime.plane.name, make_channel, self._accepts, queue)
         route.loop = loop
         route.here = where()
         watch = await runtime.watch(self.endpoint, route.update)
@@ -574,7 +575,8 @@ class Client(BlockingCaller):
         with self._lock:
             if self._home is None:
                 channels = self._manager._plane_client(self.codec)
-                route = Route(self.endpoint, self.router, self._manager.plane, channels.channel)
+                queue = self._manager._plane.queue(self._manager.config, self.endpoint)
+                route = Route(self.endpoint, self.router, self._manager.plane, channels.channel, queue=queue)
                 route.watch = self._manager._watch(self.endpoint, route.update)
                 self._home = route
             return self._home

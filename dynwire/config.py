@@ -484,6 +484,65 @@ class NatsConfig(_Part):
         False, "DYNWIRE_NATS_TLS_HANDSHAKE_FIRST", Flag(), "TLS before the server's INFO, as servers with handshake_first want it"
     )
 
+    # Durable requests (request_mode jetstream). JetStream counts in nanoseconds; its duplicate window is at least 100 ms.
+    queue_max_age: float = setting(
+        3600.0,
+        "DYNWIRE_NATS_QUEUE_MAX_AGE",
+        Number(float, 1.0, 30 * 86400.0, "seconds"),
+        "the longest that a durable request lives, also one without a timeout",
+        unit="s",
+    )
+    queue_max_messages: int = setting(
+        100_000, "DYNWIRE_NATS_QUEUE_MAX_MESSAGES", _count(1, _U31), "unfinished durable requests per endpoint; more are refused"
+    )
+    queue_max_bytes: int = setting(
+        268_435_456,
+        "DYNWIRE_NATS_QUEUE_MAX_BYTES",
+        _bytes(1024, 2**50),
+        "the same in bytes; the NATS server sets the space aside",
+        unit="bytes",
+    )
+    queue_storage: str = setting(
+        "file", "DYNWIRE_NATS_QUEUE_STORAGE", Choice("file", "memory"), "where the NATS server keeps durable requests"
+    )
+    queue_replicas: int = setting(
+        1, "DYNWIRE_NATS_QUEUE_REPLICAS", _count(1, 5), "servers of a NATS cluster that keep each durable request"
+    )
+    queue_duplicate_window: float = setting(
+        120.0,
+        "DYNWIRE_NATS_QUEUE_DUPLICATE_WINDOW",
+        _seconds(0.1),
+        "a durable request that is sent again within this time is stored once",
+        unit="s",
+    )
+    queue_ack_wait: float = setting(
+        10.0,
+        "DYNWIRE_NATS_QUEUE_ACK_WAIT",
+        _seconds(0.1),
+        "a durable request is given to another worker when its worker was silent this long",
+        unit="s",
+    )
+    queue_max_deliver: int = setting(
+        5, "DYNWIRE_NATS_QUEUE_MAX_DELIVER", _count(1, 1000), "times a durable request is given to a worker before it fails"
+    )
+    queue_max_in_flight: int = setting(
+        256, "DYNWIRE_NATS_QUEUE_MAX_IN_FLIGHT", _count(1, 65536), "durable requests that one worker takes at once, per endpoint"
+    )
+    replay_retention: float = setting(
+        0.0,
+        "DYNWIRE_NATS_REPLAY_RETENTION",
+        Number(float, 0.0, 365 * 86400.0, "seconds"),
+        "keep copies of durable requests this long, for dynwire replay; 0: none",
+        unit="s",
+    )
+    replay_max_bytes: int = setting(
+        1_073_741_824,
+        "DYNWIRE_NATS_REPLAY_MAX_BYTES",
+        _bytes(1024, 2**50),
+        "bytes of those copies per endpoint, the oldest go first",
+        unit="bytes",
+    )
+
     @property
     def auth(self) -> NatsAuth | None:
         """The first complete one of user name with password, token, nkey and credentials file; None without any."""

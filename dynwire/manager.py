@@ -61,6 +61,7 @@ def _nats() -> Plane:
         plane.AsyncNatsServer,
         plane.AsyncNatsClient,
         lambda config, portal: PortalClient("nats", portal, lambda: plane.AsyncNatsClient(config)),
+        plane.queue_instance,
     )
 
 

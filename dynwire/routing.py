@@ -276,6 +276,9 @@ class InstanceTable:
             # The peer is alive and said so: it takes no more on this connection (GOAWAY, REFUSED_STREAM), perhaps on the next.
             # If it has really gone, connecting fails. Setting it aside would fail calls that have nothing to do with it.
             return
+        if error.details.get("alive") and not entry.probing:
+            # What stands between us and the instance has failed, for all instances alike (the NATS server was away).
+            return
         with self._lock:
             if self._by_id.get(entry.instance.id) is not entry:
                 return

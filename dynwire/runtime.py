@@ -11,7 +11,7 @@ import itertools
 import secrets
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -23,6 +23,9 @@ from .planes.base import AsyncRequestPlaneClient, AsyncRequestPlaneServer, Reque
 from .portal import Portal
 from .routing import Entry, InstanceTable
 from .types import EndpointId, Handler, Instance, Timeouts
+
+CHOOSING_ROUTERS = ("direct", "kv")
+"""routers whose requests are for the instance that they name, and for no other: they go past a queue"""
 
 LINGER_S = 0.25
 """How long a draining service still accepts after it left discovery: until callers have heard of it."""
@@ -36,6 +39,8 @@ class Plane:
     server: Callable[[Config], AsyncRequestPlaneServer]
     async_client: Callable[[Config], AsyncRequestPlaneClient]
     client: Callable[[Config, Portal], RequestPlaneClient]
+    queue: Callable[[Config, str], Instance | None] = lambda config, path: None
+    """what stands for all instances of an endpoint where requests are queued for whichever takes them; None otherwise"""
 
 
 class Closing(Protocol):
@@ -233,6 +238,7 @@ class Route:
         "loop",
         "path",
         "plane",
+        "queue",
         "table",
         "turn",
         "watch",
@@ -245,6 +251,7 @@ class Route:
         plane: str,
         make_channel: Callable[[Instance], Any],
         accepts: Callable[[Instance], bool] | None = None,
+        queue: Instance | None = None,
     ) -> None:
         self._accepts = accepts
         self.path = path
@@ -260,6 +267,12 @@ class Route:
         self._ring: tuple[Entry, ...] = ()
         self._aside = False
         self._foreign: tuple[Instance, ...] = ()
+        self.queue: Entry | None = None
+        """what requests go to that name no instance, whether there are instances or not; never set aside"""
+        if queue is not None and router not in CHOOSING_ROUTERS:
+            queues = InstanceTable(path, "round_robin", make_channel)
+            queues.update([queue])
+            self.queue = queues.entries[0]
         self._listeners: set[Callable[[], object]] = set()
 
     def update(self, instances: tuple[Instance, ...]) -> None:
@@ -276,6 +289,9 @@ class Route:
         """Find the cheapest way to choose that is right now."""
         # Locked: an update and a failure may come from two threads, and the older view must not be stored last.
         with self._lock:
+            if self.queue is not None:
+                self.turn = None if self._mismatched() else self._queue_channel
+                return
             entries = self.table.entries
             aside = [entry.retry_at for entry in entries if entry.retry_at]
             if self.turn is not None and not aside and not self._aside and entries == self._ring:
@@ -292,6 +308,21 @@ class Route:
                 choose = itertools.cycle([e.channel for e in (*healthy[start:], *healthy[:start])]).__next__
             self.turn = functools.partial(self._turn_until, min(aside), choose) if aside else choose
 
+    def _mismatched(self) -> bool:
+        return bool(self._foreign) and not len(self.table)
+
+    def _queue_channel(self) -> Any:
+        assert self.queue is not None
+        return self.queue.channel
+
+    def pick(self, exclude: Collection[int], instance: int | None) -> Entry:
+        """The next choice; raises `NoInstances`, or `PlaneMismatch` if nobody would ever take a queued request."""
+        if self.queue is None or instance is not None:
+            return self.table.pick(exclude, instance)
+        if self.queue.instance.id in exclude or self._mismatched():
+            raise self.explain(NoInstances(f"the queue of {self.path} was tried just now", endpoint=self.path))
+        return self.queue
+
     def _pick_channel(self) -> Any:
         return self.table.pick().channel
 
@@ -303,16 +334,22 @@ class Route:
 
     def entry_of(self, channel: Any) -> Entry | None:
         """The entry of a channel that `turn` returned; None if it left in the meantime."""
+        if self.queue is not None and channel is self.queue.channel:
+            return self.queue
         return next((e for e in self.table.entries if e.has_channel and e.channel is channel), None)
 
     def succeeded(self, entry: Entry) -> None:
         """A request got its reply."""
+        if entry is self.queue:
+            return
         self.table.report_success(entry)
         if self.turn is None:
             self._settle()
 
     def failed(self, entry: Entry, error: DynwireError) -> None:
         """A request failed."""
+        if entry is self.queue:
+            return  # one worker's failure is not the queue's
         self.table.report_failure(entry, error)
         if entry.retry_at:
             self._settle()
@@ -396,7 +433,7 @@ def attempts(
     course.tried |= exclude
     while True:
         try:
-            entry = route.table.pick(course.tried, instance) if chosen is None else chosen
+            entry = route.pick(course.tried, instance) if chosen is None else chosen
         except NoInstances as none:
             if exclude:  # the others are gone: rather the ones we know less good about than none
                 course.tried -= exclude

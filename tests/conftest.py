@@ -286,6 +286,7 @@ def leak_guard(request: pytest.FixtureRequest, process_wide_state: Snapshot) -> 
     before = node.stash[BEFORE] = Snapshot()
     with TaskWatch() as watch:
         yield
+    del node.stash[BEFORE]  # it refers to tasks, which would live until the session ends
     reports = node.stash.get(REPORTS, {})
     if node.get_closest_marker("leaks_ok"):
         process_wide_state.add(Snapshot())

@@ -21,7 +21,7 @@ LAYERS = (
     # compiled codecs
     ("_bytes", "_buffers", "_link", "_frames", "_hpack", "_http2", "_http2lib", "_natsproto", "_kvhash"),
     # protocols without I/O; codec turns objects into payloads
-    ("wire", "codec", "_httpwire", "_natswire", "_kvtree"),
+    ("wire", "codec", "_httpwire", "_natswire", "_natsqueue", "_kvtree"),
     # what moves bytes and waits, and what every plane needs to run a call
     ("streams", "_awaitable", "_tcpio", "_httpio", "_natsport", "_natsio", "nats", "_portal", "portal", "calls", "handlers"),
     ("planes", "event_plane", "discovery"),
@@ -31,7 +31,7 @@ LAYERS = (
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}
 
-SANS_IO = (*LAYERS[1], "wire", "_httpwire", "_natswire", "_kvtree")
+SANS_IO = (*LAYERS[1], "wire", "_httpwire", "_natswire", "_natsqueue", "_kvtree")
 """know no socket, loop, thread, clock or environment; time comes in as an argument"""
 
 IO_MODULES = {

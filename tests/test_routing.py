@@ -282,6 +282,16 @@ def test_all_set_aside() -> None:
     assert of.pick() in of.entries
 
 
+def test_what_stands_between_is_not_the_instance() -> None:
+    of = table(2)
+    for error in (ConnectError("x", details={"alive": True}), PeerLost("x", details={"alive": True})):
+        for entry in of.entries:
+            of.report_failure(entry, error)
+    assert {of.pick().instance.id for _ in range(4)} == {0, 1}
+    of.report_failure(of.entries[0], PeerLost("x"))
+    assert {of.pick().instance.id for _ in range(4)} == {1}
+
+
 def test_probe_without_an_outcome_is_repeated_after_its_lease() -> None:
     clock = Clock()
     of = table(1, clock=clock)

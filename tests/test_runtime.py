@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from dynwire import ConnectError, DynwireError, Instance, NoInstances, Overloaded, PeerLost
+from dynwire import ConnectError, DynwireError, Instance, NoInstances, Overloaded, PeerLost, PlaneMismatch
 from dynwire.routing import Entry
 from dynwire.runtime import Route, attempts
 
@@ -157,3 +157,62 @@ def test_nobody() -> None:
         next(course(route_to(0)))
     with pytest.raises(NoInstances):
         next(course(route_to(2), instance=9))
+
+
+# A queue in front of the instances ---------------------------------------------------------------------------------------------
+
+
+def queued(router: str = "round_robin", count: int = 0) -> Route:
+    route = Route("a.b.c", router, "memory", Channel, queue=Instance(0, "a", "b", "c", "memory", "queue"))
+    route.update(tuple(instance(i + 1) for i in range(count)))
+    return route
+
+
+@pytest.mark.parametrize("router", ["round_robin", "random", "p2c", "least_loaded"])
+@pytest.mark.parametrize("count", [0, 2])
+def test_a_queue_takes_every_request_that_names_no_instance(router: str, count: int) -> None:
+    route = queued(router, count)
+    assert turns(route, 10) == {0: 10}
+    assert entry_of(next(course(route))) is route.queue
+    assert len(route.instances) == count, "wait_for_instances still counts workers"
+
+
+def test_a_request_that_names_its_instance_goes_past_the_queue() -> None:
+    assert entry_of(next(course(queued(count=2), instance=2))).instance.id == 2
+    with pytest.raises(NoInstances):
+        next(course(queued(count=2), instance=9))
+    assert queued("direct", 2).queue is None
+
+
+def test_a_queue_is_never_set_aside() -> None:
+    route = queued(count=1)
+    assert route.queue is not None
+    route.failed(route.queue, PeerLost("worker gone", sent="maybe"))
+    assert route.turn is not None and not route.queue.retry_at
+    assert route.entry_of(route.queue.channel) is route.queue
+    route.succeeded(route.queue)
+
+
+def test_the_refusal_of_a_full_queue_is_not_repeated() -> None:
+    steps = course(queued(count=1))
+    next(steps)
+    with pytest.raises(Overloaded):
+        steps.throw(Overloaded("full"))
+
+
+def test_a_queue_that_could_not_be_reached_is_tried_again() -> None:
+    steps = course(queued())
+    next(steps)
+    pause = steps.throw(ConnectError("refused"))
+    assert 0 < pause < 1
+    assert entry_of(steps.send(None)).instance.id == 0
+
+
+def test_nothing_is_queued_for_workers_on_another_plane() -> None:
+    route = queued()
+    route.update((Instance(7, "a", "b", "c", "tcp", "127.0.0.1:1"),))
+    assert route.turn is None
+    with pytest.raises(PlaneMismatch):
+        next(course(route))
+    route.update(())
+    assert route.turn is not None

@@ -38,6 +38,7 @@ cdef class Waiter(StreamBase):
     cdef double total_deadline
     cdef double phase_deadline
     cdef double total_timeout
+    cdef str total_setting           # what set it, if that was not the call; for the error
     cdef double phase_timeout
     cdef str phase
     cdef object request_id_
@@ -131,6 +132,7 @@ cdef class HandlerTask(StreamBase):
     cdef bint timed_out
     cdef bint evicted                # killed because this worker is shutting down
     cdef bint closing                # the generator is being closed
+    cdef bint driven                 # the generator is sent to without an awaitable for each item
     cdef object held                 # encoded item that waits for credit
     cdef int held_kind
     cdef bint held_last

@@ -20,6 +20,7 @@ from asyncio import CancelledError, InvalidStateError
 from asyncio.tasks import _current_tasks, _register_task, _unregister_task
 from contextvars import copy_context
 
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_CheckExact, PyBytes_GET_SIZE
 from cpython.object cimport PyObject
 from cpython.ref cimport Py_DECREF, Py_INCREF
 from libc.math cimport INFINITY
@@ -75,6 +76,29 @@ cdef extern from *:
         }
         return m->am_anext(agen);
     }
+    /* What the frame of an async generator yields is wrapped in an object of a private type, which refers to nothing else; what it
+       awaits is not wrapped. Whoever sends to the generator itself, and not to what anext() returns, saves two objects and an
+       exception for each item. */
+    static int dw_drivable(PyObject *agen) {
+    #if PY_VERSION_HEX < 0x030F0000
+        return Py_IS_TYPE(agen, &PyAsyncGen_Type) && Py_TYPE(agen)->tp_as_async->am_send != NULL;
+    #else
+        return 0;
+    #endif
+    }
+    static int dw_is_item(PyObject *o) {
+        static PyTypeObject *wrapper = NULL;
+        PyTypeObject *type = Py_TYPE(o);
+        if (wrapper == NULL && !PyType_HasFeature(type, Py_TPFLAGS_HEAPTYPE)
+                && strcmp(type->tp_name, "async_generator_wrapped_value") == 0) wrapper = type;
+        return type == wrapper;
+    }
+    static int dw_first(PyObject *o, void *arg) { *(PyObject **)arg = o; return 1; }
+    static PyObject *dw_item(PyObject *wrapped) {
+        PyObject *item = NULL;
+        Py_TYPE(wrapped)->tp_traverse(wrapped, dw_first, &item);
+        return Py_XNewRef(item);
+    }
     /* The variables of a contextvars.Context: an immutable mapping, replaced at every set. Python's headers do not show the
        struct; it is the same from 3.7 to 3.14, and dw_one_mapping looks at what is found there. */
     typedef struct { PyObject_HEAD PyObject *prev; PyObject *vars; } dw_pycontext;
@@ -113,6 +137,9 @@ cdef extern from *:
     ctypedef int (*dw_sendfunc)(PyObject *, PyObject *, PyObject **)
     void dw_set_am_send(PyObject *type, dw_sendfunc f)
     object dw_anext(object agen)
+    bint dw_drivable(object agen)
+    bint dw_is_item(object o)
+    object dw_item(object wrapped)
     bint dw_is_task_wakeup(object callback)
 
 cdef extern from "Python.h":
@@ -359,7 +386,7 @@ cdef class Waiter(StreamBase):
         peer = self.channel.peer if self.channel is not None else None
         phase = "total" if total else self.phase
         remedy = {
-            "total": "timeout=",
+            "total": self.total_setting or "timeout=",
             "accept": "DYN_TCP_REQUEST_TIMEOUT or Timeouts(accept=…)",
             "first_item": "Timeouts(first_item=…)",
             "between_items": "Timeouts(between_items=…)",
@@ -452,6 +479,10 @@ cdef class CallFuture(Waiter):
                 peer=self.channel.peer, phase="reply", sent="yes", request_id=self.request_id(), retryable=False,
             ), True)  # fmt: skip
         return self._succeed(item, kind)
+
+    cdef bint on_restart(self) except -1:
+        self.value = None
+        return True
 
     cdef int _succeed(self, object item, int kind) except -1:
         if kind == 0 and self.reply_type is None:
@@ -636,6 +667,16 @@ cdef class ItemReader(Waiter):
         if self.waiting:
             return self.wake(True)
         return 0
+
+    cdef bint on_restart(self) except -1:
+        if self.delivered or self.closed:
+            return False
+        # Their credit goes with them: the new run begins with a full window.
+        self.items.clear()
+        self.head = 0
+        if self.phase == "between_items":
+            self.set_phase("first_item", self.first_item_timeout)
+        return True
 
     cdef int add(self, object item, Py_ssize_t cost) except -1:
         cdef Py_ssize_t n = len(self.items)
@@ -919,7 +960,8 @@ cdef class HandlerTask(StreamBase):
         context._id = self.in_id
         context._connection_id = conn.connection_id
         context._seq = self.seq
-        context.delivery_count = 1
+        # Runs that the caller began anew, and deliveries of the last of them.
+        context.delivery_count = (self.attempt >> 10) + (self.attempt & 1023) if self.attempt else 1
         self.context = context
         entry.in_flight += 1
         entry.started += 1
@@ -989,8 +1031,13 @@ cdef class HandlerTask(StreamBase):
                         self.awaitable = self.coro.athrow(error)
                         self.closing = True
                         error = None
+                    elif self.driven:
+                        self.awaitable = self.coro
                     else:
                         self.awaitable = dw_anext(self.coro)
+                elif error is not None and self.driven and self.awaitable is self.coro:
+                    self.awaitable = self.coro.athrow(error)  # at its await; it has no throw() of its own
+                    error = None
                 if error is not None:
                     raised, error = error, None
                     try:
@@ -1005,6 +1052,14 @@ cdef class HandlerTask(StreamBase):
                     state = PyIter_Send(self.awaitable, None, &result)
                     value = <object>result
                     Py_DECREF(value)
+                if self.driven and self.awaitable is self.coro:
+                    if state == PYGEN_RETURN:
+                        self.awaitable = None
+                        self.finish_ok(None)
+                        return 0
+                    if dw_is_item(value):
+                        value = dw_item(value)
+                        state = PYGEN_RETURN
                 if state == PYGEN_NEXT:
                     self.suspend(value)
                     return 0
@@ -1015,6 +1070,8 @@ cdef class HandlerTask(StreamBase):
                 self.awaitable = None
                 if self.closing:
                     raise RuntimeError("the streaming handler yielded an item after it was killed")
+                # The first step went through anext(), which tells the loop of the generator (sys.set_asyncgen_hooks).
+                self.driven = dw_drivable(self.coro)
                 if not self.emit(value, False):
                     return 0
                 if self._must_cancel:
@@ -1100,30 +1157,35 @@ cdef class HandlerTask(StreamBase):
     cdef int emit(self, object item, bint last) except -1:
         """Send an item, or hold it until there is credit. Returns whether the next one may be produced."""
         cdef Py_buffer view
+        cdef bint viewed = not PyBytes_CheckExact(item)
         cdef Link conn = self.conn
         cdef int kind = 0
         if conn is None:
             return 0 if last else 1  # the caller is gone; the handler has been killed and will notice
-        try:
-            if not PyObject_CheckBuffer(item):
-                kind = self.reply_kind
-                if kind == 0:
-                    kind = 2 if self.entry.codec == "json" else 1
-                if kind == 1:
-                    try:
-                        item = _msgpack_encode(item)
-                    except (TypeError, ValueError, OverflowError, RecursionError, NotImplementedError, msgspec.MsgspecError):
-                        item = encode(item, "msgpack")  # raises a DecodeError that names the type
-                else:
-                    item = encode(item, "json")
-            PyObject_GetBuffer(item, &view, 0)
-        except DecodeError as error:
-            error.sent = "yes"
-            self.finish_error(error, True)
-            return 0
-        except (BufferError, ValueError) as error:
-            self.finish_error(error, False)
-            return 0
+        if viewed:
+            try:
+                if not PyObject_CheckBuffer(item):
+                    kind = self.reply_kind
+                    if kind == 0:
+                        kind = 2 if self.entry.codec == "json" else 1
+                    if kind == 1:
+                        try:
+                            item = _msgpack_encode(item)
+                        except (TypeError, ValueError, OverflowError, RecursionError, NotImplementedError, msgspec.MsgspecError):
+                            item = encode(item, "msgpack")  # raises a DecodeError that names the type
+                    else:
+                        item = encode(item, "json")
+                PyObject_GetBuffer(item, &view, 0)
+            except DecodeError as error:
+                error.sent = "yes"
+                self.finish_error(error, True)
+                return 0
+            except (BufferError, ValueError) as error:
+                self.finish_error(error, False)
+                return 0
+        else:  # tokens, mostly: the buffer protocol costs more than what it says here
+            view.buf = PyBytes_AS_STRING(item)
+            view.len = PyBytes_GET_SIZE(item)
         try:
             limit = min(conn.peer_max_message, conn.max_message)
             if view.len > limit:
@@ -1137,7 +1199,8 @@ cdef class HandlerTask(StreamBase):
             self.item_sent = True
             conn.put_item(self, <const unsigned char *>view.buf, view.len, item, kind, last)
         finally:
-            PyBuffer_Release(&view)
+            if viewed:
+                PyBuffer_Release(&view)
         conn.wrote()
         if last:
             if not self.state & S_SENDING:
@@ -1312,6 +1375,7 @@ cdef class HandlerTask(StreamBase):
         self.in_id = None
         self.under = None
         self.reply_kind_ = 0
+        self.attempt = 0
         self.state = 0
         self.refund = 0
         self.timer = INFINITY
@@ -1328,6 +1392,7 @@ cdef class HandlerTask(StreamBase):
         self.timed_out = False
         self.evicted = False
         self.closing = False
+        self.driven = False
         return 0
 
     cdef int kill(self) except -1:

@@ -65,7 +65,8 @@ cdef class AsyncConnection(Machine):
             while (rounds > 0 or self.tls is not None) and self.reading and not self.dead:
                 rounds -= 1
                 places = self.recv_targets(targets)
-                targets[0].len = min(targets[0].len, self.read_bytes)
+                if places == 1:  # a read into two places has to fill the first one
+                    targets[0].len = min(targets[0].len, self.read_bytes)
                 if self.tls is not None:
                     # A record may end anywhere: what has been read already has to be taken.
                     n = self.tls.recv(self.fd, &targets[0], rounds >= 0)

@@ -197,7 +197,7 @@ cdef class Http2Engine:
         raise NotImplementedError
 
     cdef bint room(self, Http2Stream s):
-        """Whether more should be queued now. After False, `Http2Owner.on_room` tells when; never, on a connection that is dead."""
+        """Whether more should be queued now. After False, `Http2Owner.on_room` tells when, unless the connection is dead."""
         raise NotImplementedError
 
     cdef int reset(self, Http2Stream s, uint32_t code) except -1:

@@ -1163,6 +1163,7 @@ cdef class NativeEngine(Http2Engine):
         return 0
 
     cdef int send_data(self, Http2Stream s, const unsigned char *p, size_t n, object keep, bint end) except -1:
+        cdef bint told
         if s.state == ST_CLOSED or s.state == ST_HALF_LOCAL or s.bits & SB_END_QUEUED or self.dead or (n == 0 and not end):
             return 0
         if not s.bits & SB_SENT_HEADERS:
@@ -1178,8 +1179,10 @@ cdef class NativeEngine(Http2Engine):
                 and (<int64_t>n + CUT_ALONE <= self.send_window or not self.ring)
             )
         ):
+            told = self.last_sid == s.id  # what is appended to a frame that waits to be written needs no second word
             self._put_data(s, p, n, end)
-            self.owner.on_output()
+            if not told:
+                self.owner.on_output()
             return self._local_end(s) if end else 0
         if end:
             s.bits |= SB_END_QUEUED
@@ -1191,7 +1194,7 @@ cdef class NativeEngine(Http2Engine):
 
     cdef int _put_data(self, Http2Stream s, const unsigned char *p, size_t n, bint end) except -1:
         """Frame bytes that the windows allow. They are added to the frame before them if that is DATA of the same stream."""
-        cdef size_t cut = min(<size_t>self.peer_max_frame, <size_t>(CUT_SHARED if self.ring else CUT_ALONE))
+        cdef size_t cut = min(<size_t>self.peer_max_frame, <size_t>CUT_SHARED)
         cdef size_t part, before
         cdef unsigned char *q
         cdef bint first = True
@@ -1200,7 +1203,7 @@ cdef class NativeEngine(Http2Engine):
         if self.last_sid == s.id:
             q = self.obuf.p + self.last_at
             before = dw_ld24be(q)
-            if before + n <= min(cut, <size_t>CUT_SHARED):
+            if before + n <= cut:
                 if n:
                     memcpy(self._reserve(n), p, n)
                     self.obuf.n += n
@@ -1210,6 +1213,8 @@ cdef class NativeEngine(Http2Engine):
                     q[4] = F_END_STREAM
                     self.last_sid = 0
                 return 0
+        if not self.ring:
+            cut = min(<size_t>self.peer_max_frame, <size_t>CUT_ALONE)
         while n or first:
             first = False
             part = min(n, cut)

@@ -1184,8 +1184,6 @@ cdef class HttpWire(Link):
             return self.reply_data(ex, p, n, None, last)
         if ex.encoder is None:
             ex.encoder = http_api.reply_encoder(_SHAPE_NAMES[ex.shape], not last, kind)
-        if ex.shape == SH_RAW and ex.begun:
-            return self.reply_data(ex, p, n, None, last)  # the items' bytes one after the other, as its encoder has it
         data = ex.encoder.item(PyBytes_FromStringAndSize(<char *>p, n), kind, last)
         if not ex.begun:
             fields = [_STATUS_OK, *ex.encoder.head()]

@@ -41,6 +41,7 @@ cdef class StreamBase:
     cdef int64_t cost             # server: credit to refund when the request ends; client: credit left to the server here
     cdef uint64_t mark            # (client) value of tx_frames_bytes at which the request's frame begins
     cdef object under             # what the machine itself keeps for the stream
+    cdef uint32_t attempt         # (server) delivery of a queue by which the request came; 0: it came directly
 
     cdef int on_item(self, object item, int kind, bint last) except -1
     cdef int on_end(self) except -1
@@ -53,6 +54,7 @@ cdef class StreamBase:
     cdef int on_sent(self) except -1
     cdef int on_timer(self, double now) except -1
     cdef int on_lost(self, object error) except -1
+    cdef bint on_restart(self) except -1
     cdef int on_freed(self) except -1
 
 cdef class Link:

@@ -72,6 +72,10 @@ cdef class StreamBase:
     cdef int on_lost(self, object error) except -1:
         return 0
 
+    cdef bint on_restart(self) except -1:
+        """(client) The request is run anew: forget what has come of it. False if the application has had some of that already."""
+        return True
+
     cdef int on_freed(self) except -1:
         return 0
 

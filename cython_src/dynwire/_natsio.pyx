@@ -6,9 +6,12 @@ and handlers begin in the read callback, and what they publish leaves together a
 
 import weakref
 
+from cpython.bytes cimport PyBytes_FromStringAndSize, PyBytes_GET_SIZE
+
 from ._link cimport S_WRITTEN, calls_follow
 from ._natsproto cimport PORT_CLOSED, PORT_UP, MessagePort, MessageSink
-from ._natswire cimport NatsPeer, NatsTarget, NatsWire, header_lines
+from ._natsqueue cimport QueueRequest, QueueTarget, QueueWire
+from ._natswire cimport HEADERS_STATUS, NatsPeer, NatsTarget, fields, header_lines, parse_headers
 
 from .errors import PermissionDenied
 
@@ -23,6 +26,9 @@ cdef class LoopState:
 
 
 cdef object _states = weakref.WeakKeyDictionary()
+
+# A worker's connection comes back within a second of the server, or of what ended both (`dynwire.nats.connection`).
+cdef double SETTLED_S = 2.0
 
 
 cdef class LinkSink(MessageSink):
@@ -51,7 +57,7 @@ cdef class LinkSink(MessageSink):
         return self.link.writable()
 
 
-cdef class NatsLink(NatsWire):
+cdef class NatsLink(QueueWire):
     """One side of the plane on an event loop. Used from the loop's thread only."""
 
     cdef readonly object loop
@@ -179,6 +185,8 @@ cdef class NatsLink(NatsWire):
             if self.is_client:
                 for stream in self.slots:
                     if stream is not None:
+                        if type(stream.under) is QueueRequest:
+                            self.take_back(stream, <QueueRequest>stream.under)
                         self.put_cancel(stream, 2)
             self.port.flush()
         self.lost(error or ManagerClosed("the connection was closed", peer=self.peer, sent="maybe"))
@@ -202,6 +210,11 @@ cdef class NatsClientLink(NatsLink):
                 if not waiter.done():
                     waiter.set_result(error)
         return 0
+
+    @property
+    def unsettled(self):
+        """True when the connection has come back so lately that a worker's may still be on its way."""
+        return self.came_back and dw_now() < self.up_at + SETTLED_S
 
     def ask_peer(self, NatsPeer peer not None):
         """A future that gets None when the worker has answered, or a `ConnectError` when it is not there."""
@@ -265,15 +278,16 @@ cdef class NatsChannel(ChannelBase):
 
     @property
     def ready(self):
-        # Also while the connection is being restored: requests then wait, within their deadlines and the channel buffer.
         cdef NatsClientLink link = self.link
-        return (
-            link.port is not None and not link.dead
-            and (link.port.state != PORT_CLOSED if link.port.state != PORT_UP else link.fresh(self.peer_, dw_now()))
-        )  # fmt: skip
+        return link.up() and not link.dead and link.fresh(self.peer_, dw_now())
 
     async def connect(self, timeout=None):
         await self.client.connect(timeout, self.peer_)
+
+    cdef int aim(self, Waiter call, object timeouts, double now) except -1:
+        """Say where the call goes."""
+        call.under = self.target
+        return 0
 
     cdef int start(self, Waiter call, object payload, object timeouts, object reply_type, Context context) except -1:
         cdef NatsClientLink link = self.link
@@ -290,6 +304,7 @@ cdef class NatsChannel(ChannelBase):
         call.under = self.target
         data = encode_payload(payload, &kind, self.options.kind)
         set_limits(call, self.options, timeouts, context, now)
+        self.aim(call, timeouts, now)
         meta = request_lines(context, link.token)
         if context is not None:
             if context._flags & CTX_KILLED:
@@ -315,6 +330,37 @@ cdef class NatsChannel(ChannelBase):
         self.start(reader, payload, timeouts, reply_type, context)
         reader.source = self.link
         return make_item_stream(reader)
+
+
+cdef class QueueChannel(NatsChannel):
+    """Calls by way of the queue of an endpoint, to whichever worker takes them. ``client`` has ``queue(endpoint, timeout)``."""
+
+    cdef QueueTarget queue               # None until it was found
+
+    @property
+    def ready(self):
+        # Also while the connection is being restored: requests then wait, within their deadlines and the channel buffer.
+        return self.queue is not None and not self.link.dead and self.link.port.state != PORT_CLOSED
+
+    async def connect(self, timeout=None):
+        await self.client.connect(timeout)
+        if self.queue is None:
+            self.queue = await self.client.queue(self.endpoint, timeout)
+
+    cdef int aim(self, Waiter call, object timeouts, double now) except -1:
+        """A request ends with what the queue keeps. The queue accepts it, which may take as long as a restart of the server."""
+        cdef double age
+        if self.queue is None:
+            raise ConnectError(f"the queue of {self.endpoint} was not opened", peer=self.peer)
+        call.under = QueueRequest(self.queue, self.link.unnamed)
+        age = self.queue.queue.queue.max_age
+        if call.total_deadline > now + age:
+            call.total_deadline = now + age
+            call.total_timeout = age
+            call.total_setting = "DYNWIRE_NATS_QUEUE_MAX_AGE"
+        if call.phase == "accept" and not (isinstance(timeouts, Timeouts) and timeouts.accept is not None):
+            call.phase_deadline = INFINITY
+        return 0
 
 
 cdef bytes request_lines(Context context, bytes token):
@@ -376,6 +422,17 @@ cdef class NatsServerLink(NatsLink):
             self.spare = task
         return 0
 
+    cdef bint given_back(self, StreamBase stream):
+        cdef HandlerTask task = <HandlerTask>stream
+        return task.evicted and not task.item_sent and not task.timed_out
+
+    cdef bint has_room(self, bytes subject):
+        cdef EndpointEntry entry = self.entries.get(subject[PyBytes_GET_SIZE(self.queue_subject):].decode())
+        return (
+            entry is not None and not entry.draining and not entry.removed and not self.draining
+            and entry.in_flight < entry.max_in_flight and self.live < self.max_streams
+        )  # fmt: skip
+
     def endpoints_changed(self):
         """``entries`` has others than before."""
         self.forget_targets()
@@ -394,3 +451,38 @@ cdef class NatsServerLink(NatsLink):
     def kill_tasks(self, entry=None):
         """Cancel handlers because this worker ends them; returns how many."""
         return kill_tasks_of(self, entry)
+
+
+cdef class QueueSink(MessageSink):
+    """Takes what the queue of one endpoint sends to this worker. ``consumer`` is a `dynwire.nats.pull.QueueConsumer`."""
+
+    cdef NatsServerLink link
+    cdef public object consumer
+    cdef bytes subject               # the endpoint's in core mode, to any worker
+
+    def __init__(self, NatsServerLink link not None, str endpoint):
+        self.link = link
+        self.subject = link.queue_subject + endpoint.encode()
+
+    cdef int on_message(self, const unsigned char *subject, size_t subject_n, const unsigned char *reply, size_t reply_n,
+                        const unsigned char *headers, size_t headers_n, const unsigned char *payload, size_t n,
+                        object owner) except -1:
+        cdef fields f
+        cdef size_t others
+        if parse_headers(headers, headers_n, &f, &others) == HEADERS_STATUS:
+            self.consumer.on_status(f.kind, PyBytes_FromStringAndSize(<const char *>headers, headers_n))
+            return 0
+        delivery = self.consumer.take(PyBytes_FromStringAndSize(<const char *>reply, reply_n))
+        if delivery is None:
+            return 0
+        self.link.shared.task_left = True
+        self.link.receive_queued(self.consumer, delivery, self.subject, headers, headers_n, payload, n, owner)
+        return 0
+
+    cdef int on_batch(self, bint begin) except -1:
+        return self.link.batch(begin)
+
+    cdef int on_state(self, int state, object error) except -1:
+        if state == PORT_UP and error is None:
+            self.consumer.connected()  # after the link, whose replies go first
+        return 0

@@ -67,6 +67,7 @@ cdef class NatsWire(Link):
     cdef uint32_t tick_seq               # (client) requests up to this one were there at the last tick
     cdef bint ask_all                    # (client) at the next tick: the connection was lost
     cdef double up_at                    # when the connection came back
+    cdef bint came_back                  # it was lost before
     cdef uint32_t probe_no
     cdef public object peers             # (client) address -> NatsPeer
     cdef dict probes                     # number of a probe that is not answered -> NatsPeer (client), inbox prefix (server)
@@ -116,6 +117,8 @@ cdef class NatsWire(Link):
     cdef int item_came(self, StreamBase stream, fields *f, const unsigned char *payload, size_t n, object owner) except -1
     cdef int no_responders(self, StreamBase stream) except -1
     cdef int credit_came(self, StreamBase stream, uint64_t total) except -1
+    cdef int before_request(self, StreamBase stream, fields *f) except -1
+    cdef bint may_lose_caller(self, StreamBase stream) except -1
     cdef int caller_of(self, const unsigned char *reply, size_t n) except -1
     cdef bytes answer_probe(self, const unsigned char *reply, size_t reply_n, const unsigned char *payload, size_t n)
     cdef bytes answer_worker(self, const unsigned char *payload, size_t n)
@@ -132,11 +135,20 @@ cdef class NatsWire(Link):
     cdef bytes inbox_of(self, StreamBase stream)
     cdef bytes own_reply(self, StreamBase stream)
     cdef int64_t item_limit(self)
+    cdef int check_size(self, object data, bytes meta) except -1
     cdef int answer(self, bytes inbox, int flags, bytes body) except -1
     cdef int grant(self, StreamBase stream) except -1
     cdef int tick(self, double now) except -1
-    cdef int tick_client(self, double now) except -1
+    cdef int tick_client(self, double now, bint stalled) except -1
     cdef int tick_server(self, double now) except -1
     cdef int ask(self, NatsPeer peer, list lines, double now) except -1
 
+cdef enum:                       # what parse_headers returns
+    HEADERS_NONE = 0             # without a D: line
+    HEADERS_FOUND = 1
+    HEADERS_STATUS = 2           # from the NATS server
+    HEADERS_BAD = -1
+
+cdef int parse_headers(const unsigned char *h, size_t n, fields *f, size_t *others) noexcept nogil
+cdef bint parse_token(const unsigned char *p, uint32_t *slot, uint32_t *seq) noexcept nogil
 cdef bytes header_lines(dict headers, object request_id, bytes token)

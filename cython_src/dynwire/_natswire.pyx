@@ -22,7 +22,19 @@ from libc.stdint cimport int32_t
 from libc.string cimport memchr, memcmp, memcpy
 
 from ._buffers cimport Block, payload_copy, payload_of_block
-from ._link cimport META_LIMIT, S_ACCEPTED, S_ENDED, S_PENDING, S_QUEUED, S_STOP_EARLY, S_WRITTEN, S_ZOMBIE, Link, StreamBase
+from ._link cimport (
+    META_LIMIT,
+    S_ACCEPTED,
+    S_ENDED,
+    S_PENDING,
+    S_QUEUED,
+    S_STOP_EARLY,
+    S_WRITTEN,
+    S_ZOMBIE,
+    Link,
+    StreamBase,
+    size_of,
+)
 from ._natsproto cimport PORT_CLOSED, PORT_UP, MessagePort
 
 from .errors import (
@@ -174,7 +186,9 @@ cdef object _error_text = msgspec.msgpack.Decoder().decode
 # What a header line can carry as it is: the name a token (RFC 9110), the value without control characters and blanks at its ends.
 cdef object _name_fits = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+").fullmatch
 cdef object _value_fits = re.compile(r"(?![ ])[^\x00-\x1f\x7f\ud800-\udfff]*(?<![ ])").fullmatch
-cdef tuple _RESERVED = ("d", "dynwire-id", "dynwire-meta", "dynwire-token")
+cdef tuple _RESERVED = ("d", "dynwire-id", "dynwire-meta", "dynwire-token", "dynwire-inbox")
+# Those with this beginning are orders to JetStream.
+cdef str _SERVERS_OWN = "nats-"
 
 
 cdef bytes header_lines(dict headers, object request_id, bytes token):
@@ -189,7 +203,8 @@ cdef bytes header_lines(dict headers, object request_id, bytes token):
             rest["x-request-id"] = request_id
     if headers:
         for name, value in headers.items():
-            if _name_fits(name) and _value_fits(value) and name.lower() not in _RESERVED:
+            lower = name.lower()
+            if _name_fits(name) and _value_fits(value) and lower not in _RESERVED and not lower.startswith(_SERVERS_OWN):
                 lines.append(f"{name}: {value}\r\n")
             else:
                 rest[name] = value
@@ -221,7 +236,7 @@ def read_headers(bytes lines):
         name, colon, value = line.partition(":")
         name = name.strip().lower()
         value = value.strip(" \t")
-        if not colon or not name or name == "d":
+        if not colon or not name or name == "d" or name == "dynwire-inbox" or name.startswith(_SERVERS_OWN):
             continue
         if name == "dynwire-id":
             request_id = value
@@ -327,6 +342,7 @@ cdef class NatsWire(Link):
         """The connection to the NATS server came, or went."""
         self.now = now
         if not self.up():
+            self.came_back = True
             self.tick_at = INFINITY
             return 0
         if not self.is_client:
@@ -478,7 +494,7 @@ cdef class NatsWire(Link):
         return PeerLost(
             f"items of a stream from {peer.address} were lost on their way through the NATS server: {index - stream.mark} from "
             f"number {stream.mark} on (its connection to a client or worker broke, or a client was too slow for it)",
-            peer=peer.address, sent="yes",
+            peer=peer.address, sent="yes", details={"alive": True},
         )  # fmt: skip
 
     cdef bint new_attempt(self, StreamBase stream, uint32_t attempt) except -1:
@@ -540,7 +556,7 @@ cdef class NatsWire(Link):
             return 0
         if found == DW_NATS_STATUS and f.kind == NO_RESPONDERS:
             self.gone(peer)
-            if self.now < self.up_at + GRACE_S:
+            if self.came_back and self.now < self.up_at + GRACE_S and peer.heard < self.up_at:
                 peer.probed = self.now - 8 * self.probe_interval + RETRY_S  # it may be reconnecting as we did: again soon
                 self.tick_at = min(self.tick_at, self.now + RETRY_S)
                 return 0
@@ -591,7 +607,7 @@ cdef class NatsWire(Link):
                     self.gaps += 1
                     self.lose(stream, PeerLost(
                         f"{peer.address} does not know the request (any more): it or the end of its reply was lost on the way "
-                        "through the NATS server", peer=peer.address, sent="maybe",
+                        "through the NATS server", peer=peer.address, sent="maybe", details={"alive": True},
                     ))  # fmt: skip
                 elif not decimal(p, eol - p, &count):
                     self.malformed += 1
@@ -743,6 +759,7 @@ cdef class NatsWire(Link):
             item = payload_copy(payload, n) if owner is None else payload_of_block(<Block>owner, n)
         else:
             item = PyBytes_FromStringAndSize(<const char *>payload, n)
+        self.before_request(stream, &f)
         self.on_request(stream, target, item, <int>f.v[0], meta, <uint32_t>f.v[3])
         if stream.conn is self:
             # Not answered at once: from now on messages may name it.
@@ -750,6 +767,9 @@ cdef class NatsWire(Link):
             self.by_reply[inbox] = stream
             if self.tick_at == INFINITY:
                 self.tick_at = self.now + 4 * self.probe_interval
+        return 0
+
+    cdef int before_request(self, StreamBase stream, fields *f) except -1:
         return 0
 
     cdef int caller_of(self, const unsigned char *reply, size_t n) except -1:
@@ -785,7 +805,7 @@ cdef class NatsWire(Link):
             if f.kind == NO_RESPONDERS and rest_n == 2 + TOKEN_BYTES and dw_nats_hex(rest + 2, 6, &a) and \
                     dw_nats_hex(rest + 8, 8, &b):
                 stream = self.get_slot(a)
-                if stream is not None and stream.seq == b:
+                if stream is not None and stream.seq == b and self.may_lose_caller(stream):
                     self.free_slot(stream)
                     return stream.on_lost(PeerLost("the caller is gone: nobody listens to its inbox", sent="yes"))
                 return 0
@@ -874,13 +894,18 @@ cdef class NatsWire(Link):
         if prefix is None:
             self.stale += 1
             return 0
-        if self.now < self.up_at + GRACE_S:
+        if self.came_back and self.now < self.up_at + GRACE_S:
             return 0  # it may be reconnecting as we did; the next tick asks again
         for inbox, stream in list(self.by_reply.items()):
-            if stream.conn is self and (<bytes>inbox).startswith(prefix) and not stream.in_flags & F_FOREIGN:
+            if stream.conn is self and (<bytes>inbox).startswith(prefix) and not stream.in_flags & F_FOREIGN and \
+                    self.may_lose_caller(stream):
                 self.free_slot(stream)
                 stream.on_lost(PeerLost("the caller is gone: nobody listens to its inboxes", sent="yes"))
         return 0
+
+    cdef bint may_lose_caller(self, StreamBase stream) except -1:
+        """The NATS server says that nobody listens for the replies: does that end the request?"""
+        return True
 
     cdef int forget_targets(self) except -1:
         """Endpoints were added or removed."""
@@ -1012,11 +1037,11 @@ cdef class NatsWire(Link):
             )
         return Link.submit(self, stream, endpoint, data, kind, meta, deadline, due, now)
 
-    def check_size(self, data, bytes meta):
+    cdef int check_size(self, object data, bytes meta) except -1:
         """Raises `MessageTooLarge` for a request that the NATS server would not take."""
         cdef int64_t limit = min(self.port.max_payload, self.max_payload)
-        cdef int64_t size = len(data) if type(data) is bytes else memoryview(data).nbytes
-        cdef int64_t head = HEAD_BYTES + (0 if meta is None else len(meta))
+        cdef int64_t size = PyBytes_GET_SIZE(data) if type(data) is bytes else size_of(data)
+        cdef int64_t head = HEAD_BYTES + (0 if meta is None else PyBytes_GET_SIZE(meta))
         if size + head > limit and size <= self.max_message:
             setting = "nats plane limit" if self.max_payload <= self.port.max_payload else "max_payload of the NATS server"
             raise MessageTooLarge(
@@ -1024,6 +1049,7 @@ cdef class NatsWire(Link):
                 "with headers); the tcp plane (DYN_REQUEST_PLANE=tcp) carries larger ones",
                 size=size, limit=limit - head, setting=setting, peer=self.peer, sent="no",
             )  # fmt: skip
+        return 0
 
     cdef bint may_request(self):
         return (
@@ -1173,16 +1199,17 @@ cdef class NatsWire(Link):
 
     cdef int tick(self, double now) except -1:
         """Ask those of whom nothing was heard for a while whether they still know the streams that were there a tick ago."""
+        cdef bint stalled = now - self.tick_at > max(1.0, self.probe_interval)
         self.tick_at = INFINITY
         self.tick_no += 1
         self.now = now
         if not self.up() or not self.live:
             return 0
         if self.is_client:
-            return self.tick_client(now)
+            return self.tick_client(now, stalled)
         return self.tick_server(now)
 
-    cdef int tick_client(self, double now) except -1:
+    cdef int tick_client(self, double now, bint stalled) except -1:
         cdef uint32_t old = self.tick_seq
         cdef StreamBase stream
         cdef NatsPeer peer
@@ -1202,6 +1229,8 @@ cdef class NatsWire(Link):
                 peer.visit = self.tick_no
                 if peer.heard > peer.asked or all_:
                     peer.asked = INFINITY
+                elif stalled and peer.asked != INFINITY:
+                    peer.asked = now  # this loop stood still: the answer may wait in the socket
                 if now - peer.asked >= self.keepalive_timeout:
                     silent.append(peer)
                 quiet = now - max(peer.heard, peer.probed)
@@ -1243,8 +1272,8 @@ cdef class NatsWire(Link):
         return self.wrote()
 
     cdef bint fresh(self, NatsPeer peer, double now):
-        """Was the worker there a moment ago? If not, asking costs less than a stream that fails."""
-        return peer.state == P_ALIVE and now - peer.heard < 4 * self.probe_interval
+        """Was the worker there a moment ago, and since the connection came back? If not, asking costs less than a failure."""
+        return peer.state == P_ALIVE and now - peer.heard < 4 * self.probe_interval and peer.heard >= self.up_at
 
     cdef int ping(self, NatsPeer peer, double now) except -1:
         """Ask whether the worker is there; `on_peer` tells."""
@@ -1304,6 +1333,14 @@ cdef bytes _TOO_LONG = error_body(PeerLost(
     "the worker ended the request with an error whose text exceeds max_payload of the NATS server", sent="yes", retryable=False
 ))  # fmt: skip
 cdef dict _CONTENT_TYPES = {"application/json": 2, "application/msgpack": 1, "application/octet-stream": 0}
+
+
+cdef int parse_headers(const unsigned char *h, size_t n, fields *f, size_t *others) noexcept nogil:
+    return dw_nats_parse(h, n, <dw_nats_fields *>f, others)
+
+
+cdef bint parse_token(const unsigned char *p, uint32_t *slot, uint32_t *seq) noexcept nogil:
+    return dw_nats_hex(p, 6, slot) and dw_nats_hex(p + 6, 8, seq)
 
 
 cdef bint printable(const unsigned char *p, size_t n) noexcept nogil:

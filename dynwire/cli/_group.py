@@ -19,6 +19,7 @@ COMMANDS = {
     "doctor": "Check installation, settings, discovery and NATS, and say what to do.",
     "load": "Load on an OpenAI-compatible server, and a table of latencies.",
     "ls": "List the instances that discovery knows.",
+    "replay": "Send the durable requests of a time range once more.",
     "nats": "Run a nats-server for development.",
     "serve": "Serve handlers until SIGINT or SIGTERM.",
 }

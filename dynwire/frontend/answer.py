@@ -28,6 +28,7 @@ class Answer:
         "_detokenizer",
         "_held_logprobs",
         "_max_tokens",
+        "_plain",
         "_stops",
         "_tokenizer",
         "cached_tokens",
@@ -60,6 +61,7 @@ class Answer:
         self._stops = stops
         self._max_tokens = max_tokens
         self._held_logprobs: list[Any] | None = [] if logprobs else None
+        self._plain = stops is None and not logprobs
 
     def take(self, item: Any) -> str:
         """The text that an item adds; sets ``finish_reason`` at the end. Raises `ApiError` if the engine has failed."""
@@ -99,16 +101,21 @@ class Answer:
 
     def events(self, item: Any, parts: list[bytes]) -> None:
         """Append the events that an item adds to a stream. Raises `ApiError` if the engine has failed."""
-        if self._stops is None and self._held_logprobs is None:
-            token_ids, reason = self._open(item)
-            if token_ids:
-                try:
-                    piece = self._detokenizer.push_json(token_ids)
-                except (TypeError, OverflowError) as error:
-                    raise _no_item(error) from error
-                if piece:
-                    form = self.form
-                    parts += (form.head, piece, form.tail)
+        if self._plain:
+            # `_open` and `push_json` by hand for an item with nothing but one whole token, which nearly all are
+            try:
+                token_ids = item["token_ids"]
+                reason = None
+                if len(item) == 1:
+                    self.tokens += len(token_ids)
+                else:
+                    token_ids, reason = self._open(item)
+                piece = self._detokenizer.push_json(token_ids) if token_ids else b""
+            except (KeyError, TypeError, AttributeError, OverflowError) as error:
+                raise _no_item(error) from error
+            if piece:
+                form = self.form
+                parts += (form.head, piece, form.tail)
             if reason is not None:
                 self._add(self._close(reason), parts)
                 parts.append(self.form.final(self.finish_reason))

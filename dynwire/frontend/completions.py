@@ -11,7 +11,7 @@ from typing import Any
 import orjson
 
 from .._context import Context
-from ..errors import DynwireError
+from ..errors import DynwireError, EndpointNotFound
 from ..replies import AsyncReplyStream
 from ..workers.protocol import EngineRequest
 from ..workers.template import TemplateRefused
@@ -24,6 +24,8 @@ from .models import Model, Registry
 from .problems import ApiError, error_event, from_error, invalid
 
 DONE = b"data: [DONE]\n\n"
+MORE_WORKERS = 2
+"""that are asked after one that has refused a request"""
 QUEUE_ITEMS = 64
 """per answer, between its reader and the one that writes for all of them"""
 
@@ -250,39 +252,34 @@ class Completions:
 
     # Asking
 
-    def _open(self, exchange: Exchange, plan: Plan) -> list[AsyncReplyStream]:
+    def _open(self, exchange: Exchange, plan: Plan) -> list[_Reader]:
         given = exchange.headers
         headers = {name: given[key].decode("latin-1") for key, name in FORWARDED if key in given}
         request_id = exchange.request_id.decode("ascii")
         headers["x-request-id"] = request_id
-        client = plan.model.client()
         several = len(plan.requests) > 1
-        streams = [
-            client.stream(
-                request,
-                timeout=self._timeout,
-                context=Context(id=f"{request_id}-{number}" if several else request_id, headers=headers),
-            )
+        readers = [
+            _Reader(plan.model, request, f"{request_id}-{number}" if several else request_id, headers, self._timeout)
             for number, request in enumerate(plan.requests)
         ]
 
         def client_left() -> None:
-            for stream in streams:
-                stream.close()
+            for reader in readers:
+                reader.close()
 
         exchange.watch(client_left)
-        return streams
+        return readers
 
     # An answer in one piece
 
     async def _collect(self, exchange: Exchange, plan: Plan, began: float) -> None:
-        streams = self._open(exchange, plan)
-        if len(streams) == 1:
-            texts = [await _read(streams[0], plan.answers[0], plan.model.metrics, began)]
+        readers = self._open(exchange, plan)
+        if len(readers) == 1:
+            texts = [await _read(readers[0], plan.answers[0], plan.model.metrics, began)]
         else:
             tasks = [
-                asyncio.create_task(_read(stream, answer, plan.model.metrics, began))
-                for stream, answer in zip(streams, plan.answers, strict=True)
+                asyncio.create_task(_read(reader, answer, plan.model.metrics, began))
+                for reader, answer in zip(readers, plan.answers, strict=True)
             ]
             try:
                 texts = await asyncio.gather(*tasks)
@@ -308,16 +305,16 @@ class Completions:
 
     async def _stream(self, exchange: Exchange, plan: Plan, began: float) -> int:
         """Returns the status for the metrics. Before the first item, errors are raised; after it, they are events."""
-        streams = self._open(exchange, plan)
+        readers = self._open(exchange, plan)
         parts: list[bytes] = []
         status = 200
         try:
             writer = _Writer(exchange, plan, began, parts)
             try:
-                if len(streams) == 1:
-                    await _stream_one(streams[0], plan.answers[0], writer)
+                if len(readers) == 1:
+                    await _stream_one(readers[0], plan.answers[0], writer)
                 else:
-                    await _stream_several(streams, plan.answers, writer)
+                    await _stream_several(readers, plan.answers, writer)
                 if plan.with_usage:
                     parts.append(plan.answers[0].form.usage(plan.usage()))
                 parts.append(DONE)
@@ -337,8 +334,6 @@ class Completions:
             await writer.send(last=True)
         finally:
             _count(plan)
-            for stream in streams:
-                stream.close()
         return status
 
 
@@ -377,15 +372,75 @@ class _Writer:
             await exchange.send({"type": "http.response.body", "body": data, "more_body": not last})
 
 
-async def _stream_one(stream: AsyncReplyStream, answer: Answer, writer: _Writer) -> None:
+class _Reader:
+    """Items of one answer. A worker that certainly has not begun is replaced by another one, which the client never notices."""
+
+    __slots__ = ("_closed", "_context_id", "_headers", "_model", "_request", "_stream", "_timeout", "first", "items")
+
+    def __init__(
+        self, model: Model, request: EngineRequest, context_id: str, headers: dict[str, str], timeout: float | None
+    ) -> None:
+        self._model = model
+        self._request = request
+        self._context_id = context_id
+        self._headers = headers
+        self._timeout = timeout
+        self._stream: AsyncReplyStream | None = None
+        self._closed = False
+        self.first: Any = None
+        """the first item; None if there is none"""
+        self.items: Any = None
+
+    async def __aenter__(self) -> _Reader:
+        """Ask, and wait for the first item."""
+        left = MORE_WORKERS
+        while True:
+            context = Context(id=self._context_id, headers=self._headers)
+            stream = self._model.client().stream(self._request, timeout=self._timeout, context=context)
+            self._stream = stream
+            if self._closed:
+                stream.close()
+            try:
+                await stream.__aenter__()
+                self.items = stream.__aiter__()
+                self.first = await self.items.__anext__()
+                return self
+            except StopAsyncIteration:
+                return self
+            except DynwireError as error:
+                await stream.__aexit__(type(error), error, None)
+                # The planes repeat what did not leave; what a worker has refused comes back as the stream's first item.
+                untouched = error.sent == "no" and (error.retryable or isinstance(error, EndpointNotFound))
+                if not untouched or not left or self._closed:
+                    raise
+                left -= 1
+            except BaseException:
+                stream.close()
+                raise
+
+    async def __aexit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        assert self._stream is not None
+        await self._stream.__aexit__(kind, error, traceback)
+
+    def close(self) -> None:
+        """The client has left, or wants no more: the worker is told."""
+        self._closed = True
+        if self._stream is not None:
+            self._stream.close()
+
+
+async def _stream_one(reader: _Reader, answer: Answer, writer: _Writer) -> None:
     parts = writer._parts
-    async with stream:
-        items: Any = stream.__aiter__()
+    async with reader:
+        items, item = reader.items, reader.first
+        take, add = items.__anext__, answer.events
         while True:
             try:
-                answer.events(await items.__anext__(), parts)
+                if item is None:
+                    item = await take()
+                add(item, parts)
                 while answer.finish_reason is None and items.ready:
-                    answer.events(await items.__anext__(), parts)
+                    add(await take(), parts)
             except StopAsyncIteration:
                 answer.end_events(parts)
             if answer.finish_reason is not None:
@@ -393,6 +448,7 @@ async def _stream_one(stream: AsyncReplyStream, answer: Answer, writer: _Writer)
                 return
             if parts or not writer._tokens:
                 await writer.send()
+            item = None
 
 
 async def _take_end(items: Any) -> None:
@@ -402,23 +458,25 @@ async def _take_end(items: Any) -> None:
             await items.__anext__()
 
 
-async def _stream_several(streams: Sequence[AsyncReplyStream], answers: Sequence[Answer], writer: _Writer) -> None:
+async def _stream_several(readers: Sequence[_Reader], answers: Sequence[Answer], writer: _Writer) -> None:
     parts = writer._parts
-    queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue(QUEUE_ITEMS * len(streams))
+    queue: asyncio.Queue[tuple[int, Any]] = asyncio.Queue(QUEUE_ITEMS * len(readers))
 
     async def pump(number: int) -> None:
         outcome: Any = None
         try:
-            async with streams[number] as stream:
-                async for item in stream:
-                    await queue.put((number, item))
+            async with readers[number] as reader:
+                if reader.first is not None:
+                    await queue.put((number, reader.first))
+                    async for item in reader.items:
+                        await queue.put((number, item))
         except DynwireError as error:
             outcome = error
         await queue.put((number, outcome))
 
-    tasks = [asyncio.create_task(pump(number)) for number in range(len(streams))]
+    tasks = [asyncio.create_task(pump(number)) for number in range(len(readers))]
     try:
-        left = len(streams)
+        left = len(readers)
         while left:
             number, item = await queue.get()
             while True:
@@ -432,7 +490,7 @@ async def _stream_several(streams: Sequence[AsyncReplyStream], answers: Sequence
                         answer.events(item, parts)
                     if answer.finish_reason is not None:
                         left -= 1
-                        streams[number].close()
+                        readers[number].close()
                 if not left or queue.empty():
                     break
                 number, item = queue.get_nowait()
@@ -442,18 +500,18 @@ async def _stream_several(streams: Sequence[AsyncReplyStream], answers: Sequence
         await _end(tasks)
 
 
-async def _read(stream: AsyncReplyStream, answer: Answer, metrics: ModelMetrics, began: float) -> str:
+async def _read(reader: _Reader, answer: Answer, metrics: ModelMetrics, began: float) -> str:
     """The text of an answer."""
-    last = began
     reason: str | None = None
     token_ids: list[int] = []
     texts: list[str] = []
-    async with stream:
-        items: Any = stream.__aiter__()
+    async with reader:
+        last = clock()
+        metrics.first_token.add(last - began)
+        items, item = reader.items, reader.first
         try:
-            item = await items.__anext__()
-            last = clock()
-            metrics.first_token.add(last - began)
+            if item is None:
+                item = await items.__anext__()
             if answer.whole:
                 reason = answer.note(item, token_ids)
                 while reason is None:

@@ -14,6 +14,7 @@ import msgspec
 from ..client import AsyncClient
 from ..config import Config
 from ..errors import ConfigError, DynwireError
+from ..kv_router.router import KvRouterSettings
 from ..manager import AsyncNetworkManager
 from ..migration import resume_tokens
 from ..routing import make_chooser
@@ -40,7 +41,24 @@ def router_of(config: Config) -> str:
     """The name that clients know the configured router by. Raises `ConfigError` if it is not in this release."""
     router = config.router.mode.replace("-", "_")
     make_chooser(router, random.Random())
+    for name, wanted in (
+        ("DYN_ROUTER_REPLICA_SYNC", config.router.replica_sync),
+        ("DYN_ROUTER_RESET_STATES", config.router.reset_states),
+    ):
+        if wanted and router == "kv":
+            raise ConfigError(f"{name} is set, which is not in this release", name=name, value=True, allowed="false")
     return router
+
+
+def kv_settings_of(config: Config, card: ModelCard) -> KvRouterSettings:
+    """What the kv router is told. Engine and router have to mean the same by a block, so the card decides unless overruled."""
+    router = config.router
+    return KvRouterSettings(
+        overlap_score_weight=router.kv_overlap_score_weight,
+        temperature=router.temperature,
+        use_events=router.kv_events,
+        block_size=router.kv_cache_block_size or card.block_size,
+    )
 
 
 class Model:
@@ -231,7 +249,11 @@ class Registry:
                 return continued
 
         return await self._manager.endpoint(path).client(
-            router=self._router, migration_limit=limit, resume=resume, accepts=accepts
+            router=self._router,
+            migration_limit=limit,
+            resume=resume,
+            kv_settings=kv_settings_of(self._config, model.card) if self._router == "kv" else None,
+            accepts=accepts,
         )
 
     async def _load(self, key: Key) -> None:

@@ -42,10 +42,14 @@ def test_the_table_is_bounded() -> None:
 @pytest.mark.parametrize(
     ("one", "other", "same"),
     [
-        ("10.0.0.1", "10.0.0.2", False), ("2001:db8::1", "2001:db8::ffff:1:2:3", True), ("2001:db8::1", "2001:db8:0:1::1", False),
-        ("::ffff:10.0.0.1", "10.0.0.1", True), ("::ffff:10.0.0.1", "::ffff:10.0.0.2", False), ("fe80::1%eth0", "fe80::2%eth0", True),
+        ("10.0.0.1", "10.0.0.2", False),
+        ("2001:db8::1", "2001:db8::ffff:1:2:3", True),
+        ("2001:db8::1", "2001:db8:0:1::1", False),
+        ("::ffff:10.0.0.1", "10.0.0.1", True),
+        ("::ffff:10.0.0.1", "::ffff:10.0.0.2", False),
+        ("fe80::1%eth0", "fe80::2%eth0", True),
     ],
-)  # fmt: skip
+)
 def test_what_is_one_peer(one: str, other: str, same: bool) -> None:
     assert (network_of(one) == network_of(other)) is same
 

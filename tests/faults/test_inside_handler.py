@@ -6,6 +6,7 @@ import asyncio
 import contextvars
 import functools
 import importlib.util
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ def suspended(request: pytest.FixtureRequest) -> bool:
     return bool(request.param == "after a suspension")
 
 
-@pytest.fixture(params=["coroutine", "generator"])
+@pytest.fixture(params=["coroutine", "generator", "second item"])
 def shape(request: pytest.FixtureRequest) -> str:
     text: str = request.param
     return text
@@ -45,9 +46,19 @@ async def run_inside(managers: Managers, suspended: bool, shape: str, body: Call
             await asyncio.sleep(0)
         yield await body(context)
 
+    async def second(request: Any, context: dynwire.Context) -> Any:
+        yield "first"
+        if suspended:
+            await asyncio.sleep(0)
+        yield await body(context)
+
     async with managers() as manager:
-        await manager.serve("f.in.side", coroutine if shape == "coroutine" else generator)
+        await manager.serve("f.in.side", {"coroutine": coroutine, "generator": generator, "second item": second}[shape])
         client = await manager.client("f.in.side")
+        if shape == "second item":
+            found = [[item async for item in client.stream(i, timeout=10.0)] for i in range(times)]
+            assert all(len(items) == 2 and items[0] == "first" for items in found)
+            return [items[1] for items in found]
         return [await client.call(i, timeout=10.0) for i in range(times)]
 
 
@@ -233,6 +244,58 @@ async def test_what_a_handler_keeps_stays_its_own(managers: Managers, suspended:
         assert [look() for _, look in kept] == [number for number, _ in kept]
         assert len(kept) == 8
         assert stopped == []
+
+
+async def test_errors_between_items(managers: Managers, suspended: bool) -> None:
+    """What is raised at an await of a generator, now and later, is the handler's to catch; it ends when the handler says so."""
+    known: list[str] = []
+
+    async def fail() -> None:
+        if suspended:
+            await asyncio.sleep(0)
+        raise KeyError("inner")
+
+    async def handler(request: Any) -> Any:
+        for number in range(3):
+            future = asyncio.get_running_loop().create_future()
+            asyncio.get_running_loop().call_soon(future.set_exception, LookupError(str(number)))
+            try:
+                await future
+            except LookupError as error:
+                yield str(error)
+            try:
+                await fail()
+            except KeyError as error:
+                yield repr(error)
+        yield b"bytes"
+        if request == "raise":
+            raise RuntimeError("at the end")
+        if request == "return":
+            return
+        await asyncio.sleep(0)
+        yield None
+
+    def firstiter(generator: Any) -> None:
+        known.append(generator.__name__)
+
+    hooks = sys.get_asyncgen_hooks()
+    async with managers() as manager:
+        await manager.serve("f.in.side", handler)
+        client = await manager.client("f.in.side")
+        caught = [text for number in range(3) for text in (str(number), "KeyError('inner')")]
+        for request, rest in (("", [None]), ("return", []), ("raise", [])):
+            items = []
+            sys.set_asyncgen_hooks(firstiter=firstiter, finalizer=hooks.finalizer)
+            try:
+                async for item in client.stream(request, timeout=10.0):
+                    items.append(item)
+                assert request != "raise"
+            except dynwire.RemoteError as error:
+                assert request == "raise" and "at the end" in str(error)
+            finally:
+                sys.set_asyncgen_hooks(*hooks)
+            assert items == [*caught, b"bytes", *rest]
+    assert known.count("handler") == 3, "the loop knows of each generator, once"
 
 
 async def test_cancelling_itself(managers: Managers, suspended: bool, shape: str) -> None:

@@ -163,11 +163,13 @@ def test_other_plane_is_said(deployment: Deployment) -> None:
     assert "http" in message and "tcp" in message and "DYN_REQUEST_PLANE" in message
 
 
-@pytest.mark.parametrize("plane", ["tcp", "http"])
-def test_planes(tmp_path: Path, plane: str) -> None:
+@pytest.mark.parametrize("plane", ["tcp", "http", "nats"])
+def test_planes(tmp_path: Path, plane: str, request: pytest.FixtureRequest) -> None:
     if plane == "http":
         pytest.importorskip("h2")
     deployment = Deployment(tmp_path / "deployment", plane)
+    if plane == "nats":
+        deployment.env["NATS_SERVER"] = request.getfixturevalue("nats_server").url
     try:
         deployment.mocker("--speedup-ratio", "1000")
         frontend = deployment.frontend()
@@ -176,8 +178,26 @@ def test_planes(tmp_path: Path, plane: str) -> None:
             found = events(response)
         assert json.loads(found[-2])["usage"]["completion_tokens"] == 20
         assert text_of(found)
+        whole = frontend.chat("Hello!", max_tokens=20).json()["choices"][0]["message"]["content"]
+        assert whole == text_of(found)
     finally:
         deployment.close()
+
+
+@pytest.mark.parametrize("mode", ["kv", "round-robin"])
+def test_router_mode(deployment: Deployment, mode: str) -> None:
+    """With kv, a prompt goes where it went before; here without events, from the router's own decisions."""
+    fields = ("test.backend.generate", str(TINY_MODEL), "block_size=16")
+    workers = [deployment.worker("tiny", *fields) for _ in range(2)]
+    frontend = deployment.frontend("--router-mode", mode, "--no-kv-events")
+    until(lambda: len(instances(frontend, "tiny")) == 2)
+    prompt = "say " + " ".join(f"word{n}" for n in range(100))
+    began = serving(workers)
+    seen = []
+    for _ in range(4):
+        frontend.chat(prompt).raise_for_status()
+        seen.append(next(began).pid)
+    assert len(set(seen)) == (1 if mode == "kv" else 2)
 
 
 # Clients that leave -----------------------------------------------------------------------------------------------------------
@@ -402,6 +422,23 @@ def test_without_migration_a_lost_worker_is_an_error_event_at_once(deployment: D
     # others are served by the one that is left
     for _ in range(4):
         assert frontend.chat("say hi").status_code == 200
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"n": 2}])
+def test_worker_that_refuses_is_replaced_by_another(deployment: Deployment, fields: dict[str, object]) -> None:
+    full = deployment.worker("tiny", "test.backend.generate", str(TINY_MODEL), "max_in_flight=1")
+    frontend = deployment.frontend()
+    with frontend.stream("count 600 0.05") as response:
+        full.line("begin count")
+        assert response.status_code == 200
+        refused = frontend.chat("say hi")
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+        assert "retry-after" in refused.headers
+        deployment.worker()
+        until(lambda: len(instances(frontend, "tiny")) == 2)
+        for _ in range(6):
+            assert frontend.chat("say hi", **fields).status_code == 200
+            time.sleep(0.06)  # a worker that was busy is left alone for a moment
 
 
 def test_last_worker_is_lost(deployment: Deployment) -> None:

@@ -1,4 +1,5 @@
-"""A worker whose engine does what the prompt says: ``worker.py NAME [ENDPOINT [DIRECTORY [FIELD=JSON …]]]``.
+"""A worker whose engine does what the prompt says: ``worker.py NAME [ENDPOINT [DIRECTORY [FIELD=JSON …]]]``, fields of the card
+or ``max_in_flight``.
 
 Prints ``ready``, then what happens to requests, each line with the time of the system's monotonic clock. Words of the last user
 message (or of the prompt):
@@ -132,12 +133,13 @@ async def main(name: str, endpoint: str = "test.backend.generate", directory: st
     stop = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     given = {key: json.loads(value) for key, _, value in (field.partition("=") for field in fields)}
+    max_in_flight = given.pop("max_in_flight", None)
     if "limits" in given:
         given["limits"] = msgspec.convert(given["limits"], EngineLimits)
     card = ModelCard.from_directory(directory, name, **given)
     engine = Engine(Tokenizer.from_file(os.path.join(directory, "tokenizer.json")))
     async with dynwire.AsyncNetworkManager() as manager:
-        service = await serve_model(manager, endpoint, card, engine.generate)
+        service = await serve_model(manager, endpoint, card, engine.generate, max_in_flight=max_in_flight)
         say(f"ready {service.worker_id:016x}")
         await stop.wait()
         await service.drain(0.5)

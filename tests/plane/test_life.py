@@ -113,6 +113,7 @@ async def test_draining_without_grace_kills(managers: Managers) -> None:
         await ended.wait()
 
 
+@pytest.mark.not_queued("what a worker does not finish goes to another one")
 async def test_a_second_drain_forces(managers: Managers) -> None:
     started = Signal()
 

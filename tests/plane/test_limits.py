@@ -58,6 +58,7 @@ async def test_too_large_requests_and_replies(managers: Managers) -> None:
         assert len(await client.call(b"x")) == 2  # nothing else was harmed
 
 
+@pytest.mark.not_queued("what exceeds the limit waits in the queue")
 async def test_max_in_flight(managers: Managers) -> None:
     release = Signal()
     running = 0
@@ -85,6 +86,7 @@ async def test_max_in_flight(managers: Managers) -> None:
         assert await client.call(4) == 4
 
 
+@pytest.mark.not_queued("workers take what they can run, nobody refuses")
 async def test_an_overloaded_instance_is_not_the_only_one(managers: Managers) -> None:
     release = Signal()
     running = 0

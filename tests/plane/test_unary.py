@@ -164,6 +164,7 @@ async def test_errors_of_handlers(managers: Managers, kind: str) -> None:
             await client.call(1)
 
 
+@pytest.mark.not_queued("requests wait for the first worker")
 async def test_unknown_endpoint(managers: Managers) -> None:
     async with managers() as manager:
         client = await manager.client(PATH, wait=0)
@@ -254,6 +255,7 @@ async def test_the_default_timeout_is_a_setting(managers: Managers) -> None:
             await client.call(1, timeout=None)
 
 
+@pytest.mark.not_queued("every request has a deadline, the age of the queue")
 async def test_nested_calls_inherit_deadline_and_trace(managers: Managers) -> None:
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     async with managers() as manager:

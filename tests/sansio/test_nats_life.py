@@ -240,6 +240,16 @@ def test_a_worker_that_does_not_answer() -> None:
     assert events[0][:3] == ("lost", number, "PeerLost") and "DYNWIRE_NATS_KEEPALIVE_TIMEOUT" in events[0][4]
 
 
+def test_a_client_that_stood_still_judges_nobody() -> None:
+    """Its timer runs before the answer that has been waiting in the socket is read."""
+    pair = Pair(client={"keepalive": 3.0})
+    number = pair.ask()
+    silence(pair)
+    assert pair.client.on_time(20.0) == []
+    pair.pass_on(20.0)
+    assert pair.client.on_time(23.5) == [] and pair.client.stream(number) is not None
+
+
 def test_an_answer_in_time_is_a_sign_of_life() -> None:
     pair = Pair(client={"keepalive": 3.0})
     pair.ask()
@@ -509,6 +519,38 @@ def test_a_worker_that_reconnects_later_is_not_lost() -> None:
         pair.client.on_time(now)
         lost = list(pair.pass_on(now))
     assert lost and now <= 4.0
+
+
+def test_nobody_listens_is_proof_without_an_outage_and_after_a_sign_of_life() -> None:
+    pair = Pair()
+    pair.client.set_port(state=UP, now=1.0)
+    pair.ask()
+    pair.worker_there = False
+    assert [event[1:4:2] for event in probes_and_events(pair, 1.9)] == [("lost", "PeerLost")]
+    pair.worker_there = True
+    number = pair.ask()
+    pair.client.set_port(state=DOWN, now=2.0)
+    pair.client.set_port(state=UP, now=2.1)
+    pair.worker.send_item(number)
+    pair.pass_on(2.2)
+    pair.worker_there = False
+    assert [event[1:4:2] for event in probes_and_events(pair, 3.0)] == [("lost", "PeerLost")], (
+        "its connection was back, and is gone again"
+    )
+
+
+def test_a_worker_is_asked_again_after_an_outage() -> None:
+    """A request would fail if its connection takes longer to come back."""
+    pair = Pair()
+    pair.client.ping_peer(pair.peer)
+    pair.pass_on(1.0)
+    assert pair.client.is_fresh(pair.peer, 1.1)
+    pair.client.set_port(state=DOWN, now=1.2)
+    pair.client.set_port(state=UP, now=1.3)
+    assert not pair.client.is_fresh(pair.peer, 1.3)
+    pair.client.ping_peer(pair.peer, 1.4)
+    pair.pass_on(1.4)
+    assert pair.client.is_fresh(pair.peer, 1.5)
 
 
 def test_a_caller_that_reconnects_later_is_not_lost() -> None:

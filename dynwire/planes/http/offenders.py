@@ -13,10 +13,10 @@ import ipaddress
 from ...errors import DynwireError
 
 PAUSE_S = 0.25
-"""Between accepting and reading. A caller that shares the address notices it once per connection; health checkers wait for 1 s."""
+"""Between accepting and reading. A caller at the same address waits for it once per connection; health checkers wait for 1 s."""
 _HALF_LIFE_S = 10.0
 _MOST = 8.0
-"""offences that are remembered: after the last one it takes 20 s to half of the budgets, and 40 s to all of them"""
+"""offences that are remembered; after the last one it takes 20 s to a quarter of the budgets, and 40 s to all of them"""
 _LEAST = 4
 """halvings: 62 of 1,000 resets and 625 of 10,000 other frames stay; both fill up at the usual rate"""
 _ADDRESSES = 4096
@@ -53,7 +53,7 @@ class Offenders:
 
     def _offences(self, network: str, now: float) -> float:
         count, at = self._found.get(network, (0.0, now))
-        return count * 0.5 ** ((now - at) / _HALF_LIFE_S)
+        return float(count * 0.5 ** ((now - at) / _HALF_LIFE_S))
 
 
 def _share(offences: float) -> float:

@@ -81,11 +81,9 @@ class AsyncHttpServer(AsyncSocketServer):
     def _gone(self, connection: HttpServerConnection, error: DynwireError) -> None:
         super()._gone(connection, error)
         if is_abuse(error):
-            host = split_address(connection.peer)[0]
+            host = split_address(str(connection.peer))[0]
             if self._offenders.note(host, time.monotonic()):
-                self._log.warning(
-                    "%s; new connections from %s are read after %g s and begin with less of the budgets", error, host, PAUSE_S
-                )
+                self._log.warning("%s; new connections from %s are read after %g s, with smaller budgets", error, host, PAUSE_S)
 
     # Pages -------------------------------------------------------------------------------------------------------------------
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .client import AsyncNatsClient
+from .queues import queue_instance
 from .server import AsyncNatsServer
 
-__all__ = ["AsyncNatsClient", "AsyncNatsServer"]
+__all__ = ["AsyncNatsClient", "AsyncNatsServer", "queue_instance"]

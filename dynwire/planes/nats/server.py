@@ -16,6 +16,7 @@ from ...nats.connection import NatsConnection
 from ...types import Handler
 from ..serving import KILLED_GRACE_S, EndpointServer
 from .options import wire_limits
+from .queues import ServerQueues
 
 QUEUE_GROUP = "dynwire"
 
@@ -37,6 +38,7 @@ class AsyncNatsServer(EndpointServer):
         self._connection: NatsConnection | None = None
         self._subscription: Any = None
         self._queues: dict[str, asyncio.Task[Any]] = {}
+        self._durable: ServerQueues | None = None
         self._base_context = contextvars.copy_context()
 
     @property
@@ -67,6 +69,8 @@ class AsyncNatsServer(EndpointServer):
             await connection.release()
             raise
         self._connection = connection
+        if self._config.nats.request_mode == "jetstream":
+            self._durable = ServerQueues(connection, self._config, self._link)
         for endpoint in self.entries:
             self._join(endpoint)
         logger.info("serving the nats plane at %s as %s", connection.url, self.address)
@@ -83,10 +87,16 @@ class AsyncNatsServer(EndpointServer):
         task = self._queues.get(endpoint)
         if task is not None:
             await asyncio.wait((task,))
+        if self._durable is not None:
+            await self._durable.ready(endpoint)
 
     async def remove_endpoint(self, endpoint: str, grace: float = 0.0) -> int:
         await self._leave(endpoint)
+        if self._durable is not None:
+            await self._durable.stop(endpoint)
         killed = await super().remove_endpoint(endpoint, grace)
+        if self._durable is not None:
+            await self._durable.close(endpoint)
         if self._connection is not None:
             self._link.endpoints_changed()
         return killed
@@ -94,6 +104,8 @@ class AsyncNatsServer(EndpointServer):
     def _join(self, endpoint: str) -> None:
         """Take requests to any instance of the endpoint too. Who goes through discovery does not need that."""
         self._queues[endpoint] = self._loop.create_task(self._subscribe(endpoint), name=f"dynwire-nats-{endpoint}")
+        if self._durable is not None:
+            self._durable.open(endpoint, self.entries[endpoint].max_in_flight)
 
     async def _subscribe(self, endpoint: str) -> Any:
         assert self._connection is not None
@@ -118,7 +130,9 @@ class AsyncNatsServer(EndpointServer):
 
     def stats(self) -> list[dict[str, Any]]:
         """Counters of all requests of this server."""
-        return [] if self._connection is None else [self._link.stats()]
+        if self._connection is None:
+            return []
+        return [self._link.stats() | ({} if self._durable is None else {"queues": self._durable.stats()})]
 
     async def close(self, grace: float = 0.0) -> None:
         if self._closed:
@@ -132,6 +146,8 @@ class AsyncNatsServer(EndpointServer):
             self._link.forget(ManagerClosed("the server was closed"))
             return
         entries = list(self.entries.values())
+        if self._durable is not None:
+            await self._durable.stop()
         for entry in entries:
             entry.draining = True
         self._link.go_away()
@@ -140,6 +156,8 @@ class AsyncNatsServer(EndpointServer):
         await self._wait_idle(entries, grace)
         if self._kill():
             await self._wait_idle(entries, KILLED_GRACE_S)
+        if self._durable is not None:
+            await self._durable.close()
         # What had been sent before the NATS server heard of it is refused, not lost.
         await connection.finish(self._subscription)
         self._link.close(ManagerClosed("the server was closed"))
