@@ -99,7 +99,7 @@ $(VLLM_VENV)/.stamp-dynwire: pyproject.toml .ci/requirements.py $(VLLM_VENV)/.st
 	@touch $@
 
 test-vllm: $(VENV)/.stamp-ext $(VLLM_VENV)/.stamp-dynwire  ## the vLLM worker with the real vLLM on the CPU, in an environment of its own
-	PYTHONPATH=. $(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
+	PYTHONPATH="$(CURDIR)" $(VLLM_VENV)/bin/python -m pytest tests/vllm $(ARGS)
 
 fuzz: build $(VENV)/.stamp-extra-test  ## a million random and mutated byte strings into the codec (two minutes)
 	DYNWIRE_FUZZ_CASES=1000000 $(BIN)/python -m pytest tests/sansio/test_fuzz.py $(ARGS)

@@ -86,7 +86,7 @@ class VllmWorker:
 
         def abort() -> None:
             nonlocal aborting
-            if aborting is None and not ended:
+            if aborting is None and not ended and not context.is_killed():  # after a kill, leaving vLLM's generator does it
                 aborting = loop.create_task(self.llm.abort(request_id))
 
         context.on_stop(lambda: loop.call_soon_threadsafe(abort))
@@ -111,11 +111,12 @@ class VllmWorker:
                     if first:
                         item.cached_tokens = output.num_cached_tokens
                         first = False
-                    if item.finish_reason is None and context.is_stopped():
-                        item.finish_reason = "cancelled"  # vLLM may not have known the request yet when it was told to stop
-                    yield item
-                    if item.finish_reason is not None:
+                    if reason is None and context.is_stopped():
+                        # vLLM did not know the request yet when it was told to abort it
+                        item.finish_reason = "cancelled"
+                        yield item
                         return
+                    yield item
         except self._dead:
             self.engine_dead.set()
             await loop.create_future()

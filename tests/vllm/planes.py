@@ -1,7 +1,7 @@
 """One vLLM engine behind the worker's handler on every plane, and behind a handler that calls vLLM directly.
 
 ``python tests/vllm/planes.py MODEL PLANE …``; endpoints ``test.PLANE.generate``, ``test.direct.generate`` and
-``test.direct.running``.
+``test.direct.requests`` (how many vLLM has, and how many were aborted).
 """
 
 from __future__ import annotations
@@ -35,14 +35,23 @@ async def main(arguments: Any, planes: list[str]) -> bool:
             tokens = list(output.outputs[0].token_ids)  # all so far: vLLM's default
         return tokens
 
-    async def running(request: None) -> int:
-        return int(llm.get_num_unfinished_requests())
+    aborted: list[str] = []
+    abort = llm.abort
+
+    async def counted(request_id: str, internal: bool = False) -> None:
+        aborted.append(request_id)
+        await abort(request_id, internal)
+
+    llm.abort = counted  # vLLM's own way to it as well, when a generator of its outputs is left
+
+    async def requests(request: None) -> tuple[int, int]:
+        return llm.get_num_unfinished_requests(), len(aborted)
 
     try:
         for plane, manager in zip(planes, managers, strict=True):
             await manager.endpoint(f"test.{plane}.generate").serve(worker.generate, request_type=EngineRequest)
         await managers[0].endpoint("test.direct.generate").serve(direct)
-        await managers[0].endpoint("test.direct.running").serve(running)
+        await managers[0].endpoint("test.direct.requests").serve(requests)
         print(f"serving {', '.join(planes)}", flush=True)
         await signals.first.wait()
     finally:

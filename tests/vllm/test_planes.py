@@ -64,8 +64,8 @@ class Face:
         self._managers = [dynwire.AsyncNetworkManager(request_plane=plane) for plane in (self.plane, PLANES[0])]
         self.client = await self._managers[0].endpoint(f"test.{self.plane}.generate").client()
         self.direct = await self._managers[1].endpoint("test.direct.generate").client()
-        self._running = await self._managers[1].endpoint("test.direct.running").client()
-        for client in (self.client, self.direct, self._running):
+        self._requests = await self._managers[1].endpoint("test.direct.requests").client()
+        for client in (self.client, self.direct, self._requests):
             await client.wait_for_instances(1, 10.0)
         return self
 
@@ -78,7 +78,11 @@ class Face:
             return [item async for item in stream]
 
     async def running(self) -> int:
-        return int(await self._running.call(None, timeout=10.0))
+        return int((await self._requests.call(None, timeout=10.0))[0])
+
+    async def aborted(self) -> int:
+        """Requests that vLLM was told to abort, so far."""
+        return int((await self._requests.call(None, timeout=10.0))[1])
 
     async def none_running(self) -> None:
         async with asyncio.timeout(20):
@@ -110,6 +114,7 @@ async def test_greedy_answers_equal_those_of_vllm_itself(plane: str) -> None:
 async def test_leaving_a_stream_aborts_the_request(plane: str, after: int) -> None:
     async with Face(plane) as face:
         await face.none_running()
+        before = await face.aborted()
         stream = face.client.stream(request(PROMPTS[-1], 1500), timeout=60.0)
         async with stream:
             for _ in range(after):
@@ -123,6 +128,7 @@ async def test_leaving_a_stream_aborts_the_request(plane: str, after: int) -> No
             else:
                 assert await face.running() == 1
         await face.none_running()
+        assert await face.aborted() == before + 1
 
 
 @pytest.mark.parametrize("plane", PLANES)
@@ -211,7 +217,9 @@ async def test_requests_that_can_never_be_answered(asked: EngineRequest, text: s
 
 async def test_many_at_once() -> None:
     async with Face("tcp") as face:
+        before = await face.aborted()
         lengths = [RNG.randrange(1, 60) for _ in range(40)]
         answers = await asyncio.gather(*(face.items(request(PROMPTS[n % 5], length)) for n, length in enumerate(lengths)))
         assert [len(tokens_of(items)) for items in answers] == lengths
+        assert await face.aborted() == before
         assert await face.running() == 0
