@@ -198,6 +198,7 @@ def test_a_hang_fails_with_all_stacks(pytester: pytest.Pytester) -> None:
             asyncio.get_running_loop().call_soon(threading.Event().wait)
             await asyncio.sleep(10)
 
+        @pytest.mark.hard_timeout(30)  # its tear-down ends the session too
         def test_the_next_one_runs():
             pass
         """,

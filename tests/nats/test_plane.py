@@ -361,12 +361,12 @@ async def test_requests_wait_for_the_server(server: NatsServer, discovery_dir: P
     async with manager(server, discovery_dir, tcp_channel_buffer=8) as one:
         client = await served(one, echo)
         assert await client.call(0, timeout=WAIT_S) == 0
-        link: Any = client._home.table.entries[0].channel.client.link
+        plane: Any = client._home.table.entries[0].channel.client
         await asyncio.to_thread(server.kill)
-        await eventually(lambda: not link.stats()["up"])
+        await eventually(lambda: not plane.link.stats()["up"])
         waiting = [asyncio.create_task(client.call(i, timeout=WAIT_S)) for i in range(8)]
-        await eventually(lambda: link.stats()["waiting"] == 8)
-        with pytest.raises(dynwire.Overloaded, match="wait for the connection to the NATS server"):
+        await eventually(lambda: plane._waiting == 8)
+        with pytest.raises(dynwire.Overloaded, match="wait for the connection to NATS"):
             await client.call(9, timeout=WAIT_S)
         with pytest.raises(dynwire.DynwireError) as caught:
             async with asyncio.timeout(WAIT_S):
