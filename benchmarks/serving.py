@@ -50,7 +50,7 @@ from compare import Peer, PeerFailed, human  # noqa: E402
 from promises import SERVING_PROMISES  # noqa: E402
 
 from dynwire.loadgen.http import Target  # noqa: E402 - of the tree that this script lies in
-from dynwire.loadgen.prompts import Prompts, Shape  # noqa: E402
+from dynwire.loadgen.prompts import WORDS, Prompts, Shape  # noqa: E402
 from dynwire.mocker import TINY_MODEL  # noqa: E402
 
 MODEL = "tiny"
@@ -60,6 +60,8 @@ PROMPTS = 4000
 WARM_UP_S = 0.3
 READY_S = 60.0
 """Dynamo's frontend takes several seconds to import what it needs"""
+VOCABULARY = 2048
+"""Dynamo's engine answers with random tokens from 1,000 to 2,000: all of them have to be text, or it would send next to nothing"""
 PAUSE_S = 0.03
 """Between two reads of an ordinary client that is late: what a delayed acknowledgement takes is 40 ms, a token far less"""
 
@@ -116,6 +118,22 @@ def shape_of(row: ServingRow) -> Shape:
     return Shape(MODEL, stream=row.kind == "stream", prompt_words=row.size, max_tokens=row.items)
 
 
+def make_model(directory: Path) -> None:
+    """The tiny model of the package with more tokens behind its own; prompts are encoded as before."""
+    shutil.copytree(TINY_MODEL, directory)
+    for name in ("config.json", "tokenizer.json"):
+        path = directory / name
+        found = json.loads(path.read_text())
+        if name == "config.json":
+            found["vocab_size"] = VOCABULARY
+        else:
+            pairs = (f"\u0120{first}{second}" for first in WORDS for second in WORDS)
+            vocabulary = found["model"]["vocab"]
+            while len(vocabulary) < VOCABULARY:
+                vocabulary.setdefault(next(pairs), len(vocabulary))
+        path.write_text(json.dumps(found))
+
+
 class Stack(compare.Pair):
     """Frontend and worker of one side."""
 
@@ -129,7 +147,7 @@ class Stack(compare.Pair):
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("DYN_", "DYNWIRE_", "NATS_", "ETCD_"))}
         env = {**kept, "DYN_DISCOVERY_BACKEND": "file", "DYN_FILE_KV": discovery, "DYN_REQUEST_PLANE": "tcp"}
         env |= {"DYN_TCP_RPC_HOST": "127.0.0.1", "HF_HUB_OFFLINE": "1", "PYTHONHASHSEED": "0"}
-        model = ["--model-path", str(TINY_MODEL), "--model-name", MODEL, "--speedup-ratio", SPEEDUP]
+        model = ["--model-path", str(self.bench.model), "--model-name", MODEL, "--speedup-ratio", SPEEDUP]
         if self.name == "dynamo":
             env |= {"DYN_TCP_RESPONSE_STREAM_HOST": "lo", "DYN_LOG": "error"}
             env.pop("PYTHONPATH", None)
@@ -291,6 +309,7 @@ class ServingBench(compare.Bench):
         self.openload = Path(self.scratch) / "openload"
         self.dynamo_python = args.dynamo / "bin" / "python"
         self.files: dict[tuple[str, int], Path] = {}
+        self.model = Path(self.scratch) / "model"
 
     def rows(self) -> list[compare.Row]:
         return list(select_rows(self.args))
@@ -307,6 +326,7 @@ class ServingBench(compare.Bench):
         )
         if built.returncode:
             raise SystemExit(f"openload.c does not compile:\n{built.stderr}")
+        make_model(self.model)
         if any("dynamo" in row.contestants for row in rows):
             code = "import dynamo.frontend, dynamo.mocker"
             reason = "there is none"
