@@ -281,7 +281,7 @@ int main(int argc, char **argv) {
     for (int i = 0; i < concurrency; i++) send_next(&connections[i]);
 
     size_t events_before = 0, reads_before = 0, bytes_before = 0;
-    while (in_flight) {
+    while (in_flight || measuring != 2) {
         struct epoll_event found[256];
         int64_t now = now_ns(CLOCK_MONOTONIC);
         if (!measuring && now >= begin_ns) {
@@ -299,7 +299,7 @@ int main(int argc, char **argv) {
         }
         int count = epoll_wait(epoll, found, 256, 1);
         now = now_ns(CLOCK_MONOTONIC);
-        if (!count && now - heard > (int64_t)STUCK_S * 1000000000) fail("no byte for %d s, with %d requests in flight", STUCK_S, in_flight);
+        if (!count && in_flight && now - heard > (int64_t)STUCK_S * 1000000000) fail("no byte for %d s, with %d requests in flight", STUCK_S, in_flight);
         for (int i = 0; i < count; i++) {
             struct connection *c = found[i].data.ptr;
             ssize_t n = recv(c->fd, buffer, sizeof buffer, MSG_DONTWAIT);
@@ -312,7 +312,6 @@ int main(int argc, char **argv) {
             feed(c, buffer, (size_t)n, heard);
         }
     }
-    if (measuring != 2) fail("all answers ended before the measurement did");
     if (!done) fail("not a single answer ended within %g s", seconds);
     printf("{\"done\": %zu, \"seconds\": %.6f, \"events\": %zu, \"reads\": %zu, \"bytes\": %zu, \"cpu_generator\": %.6f, \"cpu\": [", done,
            (double)(end_ns - begin_ns) / 1e9, events_before, reads_before, bytes_before, (double)own / 1e9);
