@@ -170,7 +170,7 @@ class Stack(compare.Pair):
             stderr=self.log,
             env=env,
             cwd=self.directory,
-            start_new_session=True,
+            process_group=0,  # Ctrl-C is for us; scheduled with us where the kernel groups by session
         )
         self.processes.append(process)
         return process
@@ -468,9 +468,7 @@ CHARTS = [
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = compare.common_options(
-        (__doc__ or "").split("\n\n")[0], "short 5, else 7", "short 1, else 2", "short 165, else 900"
-    )
+    parser = compare.common_options((__doc__ or "").split("\n\n")[0], "short 5, else 7", "short 1, else 2", "short 165, else 900")
     parser.add_argument("--dynamo", type=Path, default=ROOT / ".venv-dynamo", help="environment of Dynamo's stack (.venv-dynamo)")
     args = parser.parse_args(argv)
     compare.check_regex(parser, args)
@@ -485,7 +483,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def versions(python: Path) -> dict[str, str]:
-    code = "import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in ('ai-dynamo', 'ai-dynamo-runtime')}))"
+    code = (
+        "import importlib.metadata as m, json; print(json.dumps({n: m.version(n) for n in ('ai-dynamo', 'ai-dynamo-runtime')}))"
+    )
     if not python.exists():
         return {}
     done = subprocess.run([python, "-c", code], capture_output=True, text=True)

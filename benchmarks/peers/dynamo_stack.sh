@@ -1,5 +1,5 @@
 #!/bin/sh
-# Makes an environment with Dynamo's frontend and simulated engine, what benchmarks/serving.py compares with (1 GB, two minutes).
+# Makes an environment with Dynamo's frontend and simulated engine, what benchmarks/serving.py compares with (400 MB, half a minute).
 #
 #   benchmarks/peers/dynamo_stack.sh DIRECTORY [PYTHON]
 #
