@@ -61,7 +61,7 @@ WARM_UP_S = 0.3
 READY_S = 60.0
 """Dynamo's frontend takes several seconds to import what it needs"""
 VOCABULARY = 2048
-"""Dynamo's engine answers with random tokens from 1,000 to 2,000: all of them have to be text, or it would send next to nothing"""
+"""Dynamo's engine answers with random tokens from 1,000 to 2,000: they have to be text, or it would send next to nothing"""
 PAUSE_S = 0.03
 """Between two reads of an ordinary client that is late: what a delayed acknowledgement takes is 40 ms, a token far less"""
 
@@ -431,12 +431,12 @@ def markdown(report: dict[str, Any], stem: str) -> str:
         + ", ".join(f"{k} {v}" for k, v in env["versions"].items())
         + f". {report['rounds']} rounds of {report['seconds']} s, median (min-max).",
         "",
-        "Frontend and worker process of each side, tcp plane, file discovery, one model, a simulated engine that takes no time of",
-        "its own, so that every millisecond and every CPU second is the stack's. Generator, frontend and worker share all cores,",
-        "alike for both sides. The generator acknowledges at once (TCP_QUICKACK), which an ordinary client does not: that is what the",
-        "row `ordinary` is for. Late answers: those with a pause of more than 30 ms between two reads. CPU is that of frontend and",
-        "worker. Events: chunks of a streamed answer as the client sees them. Others: share of the machine that other processes",
-        "used meanwhile.",
+        "Frontend and worker process of each side, tcp plane, file discovery, one model, a simulated engine that takes no time",
+        "of its own, so that every millisecond and every CPU second is the stack's. Generator, frontend and worker share all",
+        "cores, alike for both sides. The generator acknowledges at once (TCP_QUICKACK); ordinary clients do not, and one of them",
+        "is in the row `ordinary`. Late answers: those with a pause of more than 30 ms between two reads. CPU is that of frontend",
+        "and worker. Events: chunks of a streamed answer as the client sees them. Others: share of the machine that other",
+        "processes used meanwhile.",
         "",
         *[f"- `{name}`: {peer.about}" for name, peer in PEERS.items() if any(name in r["contestants"] for r in report["rows"])],
         "",
