@@ -80,17 +80,16 @@ cdef class AsyncConnection(Machine):
                     self.received(n, before)
                     if self.to_wake:
                         wake_readers(self)
-                    if not self.is_client:
-                        # One connection may not keep the others waiting, with whatever it sends.
-                        after = dw_now()
-                        if began == 0.0:
-                            began = before
-                        if after > began + TURN_S:
-                            rounds = 0
-                        if after > before + TURN_S:
-                            self.read_bytes = max(min(self.read_bytes, <size_t>n) // 2, <size_t>LEAST_READ)
-                        elif <size_t>n == self.read_bytes and after < before + TURN_S / 4:
-                            self.read_bytes *= 2
+                    # One connection may not keep the others waiting, nor whatever else the loop has to do, with what it sends.
+                    after = dw_now()
+                    if began == 0.0:
+                        began = before
+                    if after > began + TURN_S:
+                        rounds = 0
+                    if after > before + TURN_S:
+                        self.read_bytes = max(min(self.read_bytes, <size_t>n) // 2, <size_t>LEAST_READ)
+                    elif <size_t>n == self.read_bytes and after < before + TURN_S / 4:
+                        self.read_bytes *= 2
                     if <size_t>n < targets[0].len and self.tls is None:
                         break
                     if places == 2 and <size_t>n == targets[0].len and not self.more_expected():
