@@ -312,6 +312,7 @@ METRICS = (
 
 class ServingBench(compare.Bench):
     peers = PEERS
+    caption = "dynwire's serving stack beside Dynamo's: generator, frontend and worker share all cores"
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
