@@ -12,6 +12,9 @@ from ..errors import ConfigError
 QUEUE_BATCHES = 4096
 """Batches that may wait at a sender for a server that is away. What exceeds it is dropped: routers notice the gap and ask."""
 
+EVENTS_CHANNEL, LOAD_CHANNEL = "kv", "load"
+"""parts of subjects: what workers tell routers, and what routers tell each other"""
+
 
 class EventSender(ABC):
     """The sending end, of one worker. Belongs to the event loop that started it."""
@@ -90,6 +93,33 @@ def open_receiver(config: Config, namespace: str, component: str) -> EventReceiv
 
         return NatsReceiver(config, namespace, component)
     raise _missing(config.events.plane)
+
+
+def open_load_sender(config: Config, namespace: str, component: str) -> EventSender | None:
+    """What a router tells the others of its component about load with; None if there is no event plane. Raises `ConfigError`."""
+    if config.events.plane == "none":
+        return None
+    if config.events.plane == "zmq":
+        from .zmq import ZmqSender
+
+        return ZmqSender(config)
+    # load is worth nothing later, so nothing of it is stored: core NATS, whatever carries the events
+    from .nats import NatsSender
+
+    return NatsSender(config, namespace, component, LOAD_CHANNEL)
+
+
+def open_load_receiver(config: Config, namespace: str, component: str) -> EventReceiver | None:
+    """The other end of `open_load_sender`: hears all routers of a component."""
+    if config.events.plane == "none":
+        return None
+    if config.events.plane == "zmq":
+        from .zmq import ZmqReceiver
+
+        return ZmqReceiver()
+    from .nats import NatsReceiver
+
+    return NatsReceiver(config, namespace, component, LOAD_CHANNEL)
 
 
 def _missing(plane: str) -> ConfigError:

@@ -15,6 +15,7 @@ from ..client import AsyncClient
 from ..config import Config
 from ..errors import ConfigError, DynwireError
 from ..kv_router.router import KvRouterSettings
+from ..kv_router.sync import check_replica_sync
 from ..manager import AsyncNetworkManager
 from ..migration import resume_tokens
 from ..routing import make_chooser
@@ -41,12 +42,11 @@ def router_of(config: Config) -> str:
     """The name that clients know the configured router by. Raises `ConfigError` if it is not in this release."""
     router = config.router.mode.replace("-", "_")
     make_chooser(router, random.Random())
-    for name, wanted in (
-        ("DYN_ROUTER_REPLICA_SYNC", config.router.replica_sync),
-        ("DYN_ROUTER_RESET_STATES", config.router.reset_states),
-    ):
-        if wanted and router == "kv":
-            raise ConfigError(f"{name} is set, which is not in this release", name=name, value=True, allowed="false")
+    if config.router.replica_sync and router == "kv":
+        check_replica_sync(config, config.router.kv_events)
+    name = "DYN_ROUTER_RESET_STATES"
+    if config.router.reset_states and router == "kv":
+        raise ConfigError(f"{name} is set, which is not in this release", name=name, value=True, allowed="false")
     return router
 
 
@@ -58,6 +58,7 @@ def kv_settings_of(config: Config, card: ModelCard) -> KvRouterSettings:
         temperature=router.temperature,
         use_events=router.kv_events,
         block_size=router.kv_cache_block_size or card.block_size,
+        replica_sync=router.replica_sync,
     )
 
 

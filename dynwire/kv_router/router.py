@@ -19,6 +19,7 @@ from .approximate import ApproximateIndex
 from .cost import Choice, CostSettings, choose, costs
 from .indexer import KvIndexer
 from .load import ActiveLoad, Worker
+from .sync import ReplicaSync, check_replica_sync
 
 logger = logging.getLogger("dynwire.kv_router")
 
@@ -35,6 +36,8 @@ class KvRouterSettings:
     """False: the index is fed by this router's own decisions, and no event plane is opened"""
     block_size: int | None = None
     """tokens per block; None: what the first worker says"""
+    replica_sync: bool = False
+    """share the load with the other routers of the component; needs an event plane"""
     seed: int | None = None
     """of ties and of the temperature's choices"""
 
@@ -80,6 +83,7 @@ class KvRouter:
     def __init__(
         self, manager: AsyncNetworkManager, namespace: str, component: str, settings: KvRouterSettings | None = None
     ) -> None:
+        """Raises `ConfigError`: replica sync without a way for it, an event plane whose package is missing."""
         self.settings = settings or KvRouterSettings()
         self.load = ActiveLoad()
         self.stats = RouterStats()
@@ -95,14 +99,27 @@ class KvRouter:
         else:
             self.approximate = ApproximateIndex()
         self._block_size = self.settings.block_size
+        self.replicas: ReplicaSync | None = None
+        """what the other routers of the component have sent to the workers; None without replica sync"""
+        if self.settings.replica_sync:
+            check_replica_sync(manager.config, self.settings.use_events)
+            self.replicas = ReplicaSync(manager, namespace, component, self.load)
 
     async def start(self) -> None:
-        """Follow the workers' events. In approximate mode nothing is opened."""
+        """Follow the workers' events, and the other routers. In approximate mode nothing is opened but replica sync."""
         if self.indexer is not None:
             await self.indexer.start()
+        if self.replicas is not None:
+            try:
+                await self.replicas.start()
+            except BaseException:  # cancellation included
+                await self.close()
+                raise
 
     async def close(self) -> None:
         """May be called twice."""
+        if self.replicas is not None:
+            await self.replicas.close()
         if self.indexer is not None:
             await self.indexer.close()
 
