@@ -52,14 +52,7 @@ def router_of(config: Config) -> str:
 
 def kv_settings_of(config: Config, card: ModelCard) -> KvRouterSettings:
     """What the kv router is told. Engine and router have to mean the same by a block, so the card decides unless overruled."""
-    router = config.router
-    return KvRouterSettings(
-        overlap_score_weight=router.kv_overlap_score_weight,
-        temperature=router.temperature,
-        use_events=router.kv_events,
-        block_size=router.kv_cache_block_size or card.block_size,
-        replica_sync=router.replica_sync,
-    )
+    return KvRouterSettings.from_config(config, card.block_size)
 
 
 class Model:

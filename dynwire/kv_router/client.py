@@ -7,13 +7,13 @@ requests, and those for which no worker is in the index, go to the least loaded 
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ..client import AsyncClient, Client
-from ..errors import DynwireError, ProtocolError
+from ..errors import DynwireError, NoInstances, ProtocolError
 from ..migration import Resume
 from ..replies import AsyncReplyStream, ReplyStream, StreamRequest
 from ..types import Instance
@@ -154,6 +154,29 @@ class KvAsyncClient(AsyncClient):
         """As `AsyncClient.stream`; the prompt's ``token_ids`` decide where it goes."""
         plain = super().stream(payload, **options)
         return KvAsyncReplyStream(self, plain._request, f"{id(self):x}-{next(self._numbers)}")
+
+    def best_worker(
+        self,
+        token_ids: Sequence[int],
+        request_id: str | None = None,
+        *,
+        lora: str | None = None,
+        exclude: Collection[int] = (),
+    ) -> Decision:
+        """Where a prompt would go now, without sending it; the alternatives are in the decision.
+
+        With ``request_id`` its load is booked: it has to be followed by ``kv.finish(request_id)``, and by ``kv.first_token`` when
+        that comes. ``exclude`` names instances. Raises `NoInstances`, `PlaneMismatch`.
+        """
+        self._check_open()
+        assert self._mine is not None
+        candidates = _candidates(self._mine, set(exclude))
+        if not candidates:
+            known = len(self._mine.table)
+            text = f"no instance of {self.endpoint} can take a request: {known} known, the others are excluded or set aside"
+            raise self._mine.explain(NoInstances(text, endpoint=self.endpoint, details={"known": known}))
+        book = request_id is not None
+        return self.kv.choose(token_ids, candidates, request_id or "", lora=lora, book=book, explain=True)
 
     def _open_now(self, request: StreamRequest) -> None:
         return None  # the way of one call after another is not this router's

@@ -12,7 +12,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from .._kvhash import compute_block_hashes, sequence_hashes
-from .._kvtree import OverlapScores
+from .._kvtree import OverlapScores, RadixTree
+from ..config import Config
 from ..manager import AsyncNetworkManager
 from ..types import EndpointId
 from .approximate import ApproximateIndex
@@ -40,6 +41,18 @@ class KvRouterSettings:
     """share the load with the other routers of the component; needs an event plane"""
     seed: int | None = None
     """of ties and of the temperature's choices"""
+
+    @classmethod
+    def from_config(cls, config: Config, block_size: int | None = None) -> KvRouterSettings:
+        """As the settings of a frontend or a router service say; ``block_size`` if they do not name one."""
+        router = config.router
+        return cls(
+            overlap_score_weight=router.kv_overlap_score_weight,
+            temperature=router.temperature,
+            use_events=router.kv_events,
+            block_size=router.kv_cache_block_size or block_size,
+            replica_sync=router.replica_sync,
+        )
 
     @property
     def cost(self) -> CostSettings:
@@ -135,6 +148,14 @@ class KvRouter:
     @block_size.setter
     def block_size(self, value: int) -> None:
         self._block_size = value
+
+    @property
+    def tree(self) -> RadixTree:
+        """The index, whatever feeds it."""
+        if self.indexer is not None:
+            return self.indexer.tree
+        assert self.approximate is not None
+        return self.approximate.tree
 
     def choose(
         self,
