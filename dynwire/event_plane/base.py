@@ -12,8 +12,8 @@ from ..errors import ConfigError
 QUEUE_BATCHES = 4096
 """Batches that may wait at a sender for a server that is away. What exceeds it is dropped: routers notice the gap and ask."""
 
-EVENTS_CHANNEL, LOAD_CHANNEL = "kv", "load"
-"""parts of subjects: what workers tell routers, and what routers tell each other"""
+EVENTS_CHANNEL, STREAM_CHANNEL, LOAD_CHANNEL = "kv", "kvs", "load"
+"""parts of subjects: what workers tell routers, over core NATS and JetStream, and what routers tell each other"""
 
 
 class EventSender(ABC):
@@ -93,6 +93,16 @@ def open_receiver(config: Config, namespace: str, component: str) -> EventReceiv
 
         return NatsReceiver(config, namespace, component)
     raise _missing(config.events.plane)
+
+
+def open_tap(config: Config, namespace: str, component: str) -> EventReceiver | None:
+    """A receiver for people who look: hears what is published from now on, and leaves nothing behind. Raises `ConfigError`."""
+    if config.events.plane == "jetstream":
+        # what is stored in the stream is published like any other message
+        from .nats import NatsReceiver
+
+        return NatsReceiver(config, namespace, component, STREAM_CHANNEL)
+    return open_receiver(config, namespace, component)
 
 
 def open_load_sender(config: Config, namespace: str, component: str) -> EventSender | None:
