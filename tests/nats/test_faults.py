@@ -27,7 +27,7 @@ import pytest
 import dynwire
 from dynwire import ConnectError, DeadlineExceeded, MessageTooLarge, NoInstances, Overloaded, PeerLost, Unauthenticated
 from dynwire.nats.credentials import Operator, new_user_seed
-from dynwire.nats.server import NatsCluster, NatsServer, fetch, free_port
+from dynwire.nats.server import NatsCluster, NatsServer, ServerTls, fetch, free_port
 from tests.faults.conftest import PROGRAM, Worker, fails, in_time, known_as, outcome
 from tests.plane.faces import PATIENCE_S, Client, Manager, Signal, Stream, eventually
 
@@ -392,6 +392,21 @@ async def test_members_of_a_cluster_are_lost(managers: Managers) -> None:
                 within(await load.recovered(time.monotonic()), f"{server.name} is killed: works again")
                 server.start()
                 await asyncio.to_thread(cluster.wait_ready)
+
+
+async def test_a_member_is_lost_over_tls(managers: Managers, authority: dict[str, str]) -> None:
+    """The caller knows of the other member from the one that it loses, and trusts its certificate as well."""
+    tls, settings = ServerTls(authority["server"], authority["server_key"]), {"nats_tls_ca": authority["ca"]}
+    with NatsCluster(2, tls=tls) as cluster:
+        first, second = cluster.servers
+        async with serving(second.url, Book(), **settings), managers(first.url, **settings) as manager:
+            echo, blocks = await manager.client(PATH.format("echo")), await manager.client(PATH.format("blocks"))
+            assert await echo.call("over tls") == "over tls"
+            async with blocks.stream((40, 20_000)) as stream:
+                got = [await stream.next()]
+                first.kill()
+                await works_again(echo, time.monotonic(), "over tls, at another member")
+                assert [len(item) async for item in stream] == [20_000] * (40 - len(got))
 
 
 # Slow consumers ----------------------------------------------------------------------------------------------------------------
