@@ -82,7 +82,7 @@ class Stored:
 
     async def until(self, count: int) -> None:
         async with asyncio.timeout(PATIENCE_S):
-            while await self.messages() != count:
+            while await self.messages() != count:  # noqa: ASYNC110  # JetStream tells nobody
                 await asyncio.sleep(0.01)
 
     async def leader(self, cluster: NatsCluster) -> NatsServer:
