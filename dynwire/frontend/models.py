@@ -41,10 +41,7 @@ def router_of(config: Config) -> str:
     """The name that clients know the configured router by. Raises `ConfigError` if it is not in this release."""
     router = config.router.mode.replace("-", "_")
     make_chooser(router, random.Random())
-    for name, wanted in (
-        ("DYN_ROUTER_REPLICA_SYNC", config.router.replica_sync),
-        ("DYN_ROUTER_RESET_STATES", config.router.reset_states),
-    ):
+    for name, wanted in (("DYN_ROUTER_REPLICA_SYNC", config.router.replica_sync),):
         if wanted and router == "kv":
             raise ConfigError(f"{name} is set, which is not in this release", name=name, value=True, allowed="false")
     return router
@@ -58,6 +55,8 @@ def kv_settings_of(config: Config, card: ModelCard) -> KvRouterSettings:
         temperature=router.temperature,
         use_events=router.kv_events,
         block_size=router.kv_cache_block_size or card.block_size,
+        router_id=router.id,
+        reset_states=router.reset_states,
     )
 
 

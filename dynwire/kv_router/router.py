@@ -37,6 +37,10 @@ class KvRouterSettings:
     """tokens per block; None: what the first worker says"""
     seed: int | None = None
     """of ties and of the temperature's choices"""
+    router_id: str | None = None
+    """name of this router where events are kept for it (jetstream); None: as configured, or a new one"""
+    reset_states: bool | None = None
+    """True: what is stored for routers is deleted at the start (jetstream); None: as configured"""
 
     @property
     def cost(self) -> CostSettings:
@@ -91,7 +95,15 @@ class KvRouter:
         self._predicted: dict[str, int] = {}
         self._id = EndpointId(namespace, component, "generate")
         if self.settings.use_events and manager.config.events.plane != "none":
-            self.indexer = KvIndexer(manager, namespace, component, self.settings.block_size)
+            config, mine = manager.config.router, self.settings
+            self.indexer = KvIndexer(
+                manager,
+                namespace,
+                component,
+                mine.block_size,
+                router_id=mine.router_id or config.id,
+                reset=config.reset_states if mine.reset_states is None else mine.reset_states,
+            )
         else:
             self.approximate = ApproximateIndex()
         self._block_size = self.settings.block_size

@@ -102,7 +102,7 @@ async def test_a_bug_is_an_error_for_the_client_and_for_the_server(monkeypatch: 
         assert frontend.metrics.in_flight == 0
 
 
-@pytest.mark.parametrize("name", ["replica_sync", "reset_states"])
+@pytest.mark.parametrize("name", ["replica_sync"])
 def test_what_the_kv_router_cannot_do_is_said(name: str) -> None:
     with pytest.raises(ConfigError, match="not in this release"):
         Frontend(load_config({"router_mode": "kv", f"router_{name}": True}))
