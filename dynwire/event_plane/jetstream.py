@@ -27,7 +27,7 @@ from ..nats.pull import PullWindow, pull_request
 from ..nats.queue import ACK, JS_TEMPORARY, MAX_PAUSE_S, PAUSE_S, Delivery, parse_pub_ack
 from .base import QUEUE_BATCHES, EventIndex, EventReceiver, EventSender
 from .nats import _Connected
-from .stream import OWNER, EventStream, SnapshotStore, StreamNames, failures
+from .stream import OWNER, EventStream, SnapshotStore, StreamNames, ended, failures
 
 if TYPE_CHECKING:
     from .._natsport import PortSubscription
@@ -41,6 +41,8 @@ CONFIRM_S = 5.0
 """A batch that was not confirmed for so long is sent again: its confirmation, or the batch, was lost"""
 WINDOW = 2048
 """batches that a router asks for at once"""
+PULL_EXPIRES_S = 10.0
+"""A question to the stream is asked anew after so long; the server takes one of a router that died for a sign of life until then"""
 ACK_WAIT_S = 30.0
 """Without an acknowledgement for so long the server sends again; repeats change nothing"""
 OPEN_S = 10.0
@@ -147,8 +149,7 @@ class _Kept:
             self._unlisten = None
         task, self._task = self._task, None
         if task is not None:
-            task.cancel()
-            await asyncio.wait([task])
+            await ended(task)
         connection = self.connection
         if connection is not None:
             if farewell is not None and connection.up:
@@ -334,6 +335,7 @@ class JetStreamReceiver(EventReceiver):
         self._window = PullWindow(WINDOW)
         self._inbox = b""
         self._pull = b""
+        self._store: SnapshotStore | None = None
         self._begun = False
         """the snapshot was loaded, or there is none"""
         self._applied = 0
@@ -424,7 +426,7 @@ class JetStreamReceiver(EventReceiver):
 
     async def _begin(self, stream: EventStream, connection: NatsConnection) -> None:
         """Start from the snapshot, or from nothing."""
-        store = SnapshotStore(connection.client, self._config, self._names)
+        store = self._store = SnapshotStore(connection.client, self._config, self._names)
         if self._reset and self._names.stream not in _reset:
             await store.delete()
             await stream.purge_all()
@@ -526,7 +528,7 @@ class JetStreamReceiver(EventReceiver):
         if count:
             self._window.sent(count, loop.time())
             with contextlib.suppress(DynwireError):  # it has just gone; asked anew when it is back
-                connection.port.send(self._pull, pull_request(count), self._inbox)
+                connection.port.send(self._pull, pull_request(count, PULL_EXPIRES_S), self._inbox)
 
     # snapshots
 
@@ -536,6 +538,7 @@ class JetStreamReceiver(EventReceiver):
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TEND_S):
                     await self._due.wait()
+            self._due.clear()
             connection = self._kept.connection
             if connection is not None and self._kept.open:
                 if self._window.silent(self._loop.time()):
@@ -544,13 +547,13 @@ class JetStreamReceiver(EventReceiver):
                     await self._look(connection)
                 except failures() as error:
                     logger.warning("the events of %s were not purged, that is tried again: %r", self._names.component, error)
-            self._due.clear()
             await asyncio.sleep(TEND_PAUSE_S)
 
     async def _look(self, connection: NatsConnection) -> None:
         """Store a snapshot if one is due, purge what is not needed."""
         stream = EventStream(connection.client, self._config, self._names)
-        store = SnapshotStore(connection.client, self._config, self._names)
+        store = self._store
+        assert store is not None
         state = (await stream.js.stream_info(self._names.stream)).state
         covered = (await store.pointer())[0].seq
         self._covered = max(covered, state.first_seq - 1)
@@ -597,8 +600,7 @@ class JetStreamReceiver(EventReceiver):
         self._callback = None
         tender, self._tender = self._tender, None
         if tender is not None:
-            tender.cancel()
-            await asyncio.wait([tender])
+            await ended(tender)
         await self._kept.close(self._leave if not self._lasting else None)
         _used.discard((self._names.stream, self._name))
 

@@ -68,6 +68,13 @@ def failures() -> tuple[type[BaseException], ...]:
     return (Error, OSError, TimeoutError, msgspec.DecodeError, DynwireError)
 
 
+async def ended(task: asyncio.Future[Any]) -> None:
+    """Cancel it until it has ended: before Python 3.12 `asyncio.wait_for`, and so nats-py, loses a cancellation now and then."""
+    while not task.done():
+        task.cancel()
+        await asyncio.wait([task], timeout=0.05)
+
+
 def stream_config(names: StreamNames, config: Config) -> StreamConfig:
     """The stream of a component: the oldest events go first, whoever has missed them asks the worker."""
     from nats.js import api
@@ -352,8 +359,7 @@ class SnapshotWriter:
         except KeyWrongLastSequenceError:
             return False
         finally:
-            uploading.cancel()
-            await asyncio.wait([uploading])
+            await ended(uploading)
         await self._sweep({name, old.object})
         return True
 
