@@ -133,6 +133,8 @@ HTTP_PROMISES: list[Promise] = [
 # The nats plane, compare_nats.py
 
 
+# The plane is promised with its compiled port. What is left of it where it has to fall back to nats-py's API is bounded too: it pays
+# for its credit and index per item in Python.
 def _nats(text: str, row: str, plain: float, fast: float) -> list[Promise]:
     return [
         Promise(f"{text}, nats-py's API only", f"{row}/split", "rate", "dynwire-plain", ">=", plain, "nats-py"),
@@ -144,9 +146,9 @@ NATS_PROMISES: list[Promise] = [
     *_nats("1 in flight, nats-py by hand", "unary-64B-c1", 0.9, 0.9),
     *_nats("32 in flight, nats-py by hand", "unary-64B-c32", 0.9, 2.5),
     *_nats("256 in flight, nats-py by hand", "unary-64B-c256", 0.9, 2.5),
-    *_nats("stream, one at a time, nats-py by hand", "stream-64B-x1", 0.9, 0.9),
-    *_nats("stream, 8 at a time, nats-py by hand", "stream-64B-x8", 0.9, 0.9),
-    *_nats("one item per tick, 64 streams, nats-py by hand", "tick-64B-x64", 0.9, 0.9),
+    *_nats("stream, one at a time, nats-py by hand", "stream-64B-x1", 0.5, 0.9),
+    *_nats("stream, 8 at a time, nats-py by hand", "stream-64B-x8", 0.5, 0.9),
+    *_nats("one item per tick, 64 streams, nats-py by hand", "tick-64B-x64", 0.5, 0.9),
     Promise("8 blocking threads, 8 tasks", "threads-64B-t8/split", "rate", "dynwire-sync", ">=", 0.7, "dynwire"),
 ]
 

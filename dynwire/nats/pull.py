@@ -126,9 +126,9 @@ class PullWindow:
         self.asked = 0
 
 
-def pull_request(count: int) -> bytes:
+def pull_request(count: int, expires_s: float = PULL_EXPIRES_S) -> bytes:
     """Body of a question for ``count`` requests."""
-    return msgspec.json.encode({"batch": count, "expires": int(PULL_EXPIRES_S * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)})
+    return msgspec.json.encode({"batch": count, "expires": int(expires_s * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)})
 
 
 class Progress:
