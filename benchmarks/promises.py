@@ -133,8 +133,8 @@ HTTP_PROMISES: list[Promise] = [
 # The nats plane, compare_nats.py
 
 
-# The plane is promised with its compiled port. What is left of it where it has to fall back to nats-py's API is bounded too: it pays
-# for its credit and index per item in Python.
+# The plane is promised with its compiled port. What is left of it where it has to fall back to nats-py's API is bounded too: it
+# pays for its credit and index per item in Python.
 def _nats(text: str, row: str, plain: float, fast: float) -> list[Promise]:
     return [
         Promise(f"{text}, nats-py's API only", f"{row}/split", "rate", "dynwire-plain", ">=", plain, "nats-py"),
