@@ -25,7 +25,7 @@ from dynwire.nats.connection import NatsConnection
 from dynwire.nats.server import NatsServer, find_binary
 
 from ..plane.faces import PATIENCE_S, eventually
-from .test_events import BLOCK_SIZE, same, store
+from .test_events import BLOCK_SIZE, equal, same, store
 from .test_tree import chain
 
 PROGRAM = Path(__file__).with_name("router_process.py")
@@ -154,13 +154,6 @@ async def later(condition: Callable[[], Any]) -> None:
     async with asyncio.timeout(PATIENCE_S):
         while not await condition():  # noqa: ASYNC110  # nobody sets an event for it
             await asyncio.sleep(0.02)
-
-
-def equal(index: KvIndexer, *publishers: KvEventPublisher) -> bool:
-    """Has the index all events? To compare trees would hold up everybody for longer than what is waited for."""
-    workers = [publisher.index for publisher in publishers]
-    known = (index.follower.position(worker.worker_id) == (worker.epoch, worker.last_id()) for worker in workers)
-    return all(known) and not index.follower.behind
 
 
 async def publish(publisher: KvEventPublisher, count: int, rng: random.Random, blocks: int = 3) -> None:
@@ -479,7 +472,9 @@ async def test_a_server_that_ends_in_the_middle_of_events(lab: Lab, how: str) ->
         done = time.monotonic()
         assert same(index, worker)
         stats = index.follower.stats
-        print(f"{how}: equal {done - was.ready:.2f} s after the server was back, {count} events, dropped {worker.dropped}, {stats}")
+        print(
+            f"{how}: equal {done - was.ready:.2f} s after the server was back, {count} events, dropped {worker.dropped}, {stats}"
+        )
         await _quiet(index)
 
 
