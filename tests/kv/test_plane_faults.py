@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 import secrets
 import time
@@ -28,6 +29,8 @@ from ..nats.conftest import crash, wiped
 from ..plane.faces import eventually
 from .test_events import BLOCK_SIZE, equal, same
 from .test_routing import PATH, Worker, ask, prompt
+
+logger = logging.getLogger("tests.kv")
 
 # Random histories over real planes ---------------------------------------------------------------------------------------------
 
@@ -223,7 +226,7 @@ async def test_requests_go_on_while_the_server_is_away(
         await asyncio.gather(*running)
         publishers = [worker.publisher for worker in workers]
         await eventually(lambda: equal(index, *publishers))
-        print(f"{event_plane} {how.__name__}: equal {time.monotonic() - was.ready:.2f} s after the server was back, "
-              f"{done} requests, {client.kv.stats.by_load_only} without events, {index.follower.stats}")  # fmt: skip
+        logger.info("equal_after_s: %.3f", time.monotonic() - was.ready)
+        logger.info("requests: %d", done)
         assert same(index, *publishers)
         assert client.kv.stats.by_load_only > 0
