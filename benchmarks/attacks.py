@@ -3,12 +3,14 @@
 
 One worker, one victim (a blocking dynwire client on a connection of its own, one call of 1 KiB after the other), one attacker
 that connects again as fast as it is closed. The server has the first core; victim and attacker share the last one, the attacker
-with less priority. What sharing costs shows the row ``spin``: there the attacker burns its core and sends nothing. Compare with
-that row, not with ``quiet``, where it does not run.
+with less priority. Between any two attacks the victim calls alone (``quiet``): the ratio p99/quiet compares an attack with the
+quiet time before and after it, and is the median over rounds. What sharing a core costs by itself shows the row ``spin``, whose
+attacker burns its core and sends nothing.
 
-    python benchmarks/attacks.py                               every attack, 3 s each
+    python benchmarks/attacks.py                               every attack, 3 rounds of 2 s each
     python benchmarks/attacks.py --seconds 1 --json out.json   and everything that was measured, as JSON
     python benchmarks/attacks.py --only 'reset|ping'
+    python benchmarks/attacks.py --check                       exit status 1 if an attack raises the victim's p99 by over 10 %
 
 Everything stays on loopback. An attacker ends after its seconds, after --connections, or when its standard input closes.
 """
@@ -37,6 +39,8 @@ from typing import Any
 HERE = Path(__file__).resolve()
 TICKS = os.sysconf("SC_CLK_TCK")
 WARM_UP_S = 0.3
+MOST_RATIO = 1.1
+"""of the victim's p99 to its p99 without an attack: what is promised"""
 ENDPOINT = "bench.attack.echo"
 
 # Frames (RFC 9113 section 6), as an attacker makes them -----------------------------------------------------------------------
@@ -281,19 +285,47 @@ def measure(name: str, server: Process, victim: Process, port: int, args: argpar
     return found
 
 
+def summed_up(phases: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A row per attack, of its rounds: medians, and what happened in all of them together."""
+    quiet = [row["p99"] for row in phases if row["attack"] == "quiet"]
+    met: dict[str, list[dict[str, Any]]] = {}
+    before = itertools.pairwise(quiet)
+    for row in phases:
+        if row["attack"] != "quiet":
+            around = statistics.fmean(next(before))
+            row["ratio"] = row["p99"] / around
+        met.setdefault(row["attack"], []).append(row)
+    out = []
+    for rows in met.values():
+        row = dict(rows[-1])
+        for name in ("calls_per_s", "p50", "p99", "server_cpu", "ratio"):
+            if name in row:
+                row[name] = statistics.median(one[name] for one in rows)
+        for name in ("max", "server_grown_mib"):
+            row[name] = max(one[name] for one in rows)
+        for name in ("failed", "connections", "sent"):
+            if name in row:
+                row[name] = sum(one[name] for one in rows)
+        if "ratio" in row:
+            row["ratios"] = [round(one["ratio"], 3) for one in rows]
+        out.append(row)
+    return out
+
+
 def show(rows: list[dict[str, Any]]) -> None:
-    spin = next((row["p99"] for row in rows if row["attack"] == "spin"), None)
-    names = "attack calls/s p50_us p99_us p99/spin max_ms failed server_CPU +MiB connections MiB_sent closed_with"
+    names = "attack calls/s p50_us p99_us p99/quiet (range) max_ms failed server_CPU +MiB connections MiB_sent closed_with"
     print(f"| {' | '.join(name.replace('_', ' ') for name in names.split())} |")
-    print("|---|" + "---:|" * 10 + "---|")
+    print("|---|" + "---:|" * 11 + "---|")
     for row in rows:
         attacker = (f"{row['connections']}", f"{row['sent'] / 2**20:.1f}", row["said"]) if "sent" in row else ("-", "-", "")
+        ratios = row.get("ratios")
         cells = (
             row["attack"],
             f"{row['calls_per_s']:.0f}",
             f"{row['p50']:.0f}",
             f"{row['p99']:.0f}",
-            f"{row['p99'] / spin:.2f}" if spin else "-",
+            f"{row['ratio']:.2f}" if ratios else "-",
+            f"{min(ratios):.2f}-{max(ratios):.2f}" if ratios else "-",
             f"{row['max'] / 1000:.1f}",
             f"{row['failed']}",
             f"{row['server_cpu']:.0%}",
@@ -305,12 +337,14 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=3.0, help="of each row (default 3)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each measurement (default 2)")
+    parser.add_argument("--rounds", type=int, default=3, help="of every attack (default 3)")
     parser.add_argument("--connections", type=int, default=20_000, help="of one attacker, at most (default 20000)")
     parser.add_argument("--only", default="", metavar="REGEX", help="attacks whose names match; quiet and spin always run")
+    parser.add_argument("--check", action="store_true", help="exit status 1 if an attack raises the victim's p99 by over 10 %%")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured")
     args = parser.parse_args()
-    chosen = [name for name in PHASES if name not in ATTACKS or re.search(args.only, name)]
+    chosen = [name for name in PHASES if name != "quiet" and (name not in ATTACKS or re.search(args.only, name))]
     with tempfile.TemporaryDirectory() as directory:
         os.environ["DYN_FILE_KV"] = directory
         started: list[Process] = []
@@ -319,14 +353,20 @@ def main() -> int:
             port = server.answer()
             started.append(victim := Process(-1, "victim"))
             victim.answer()
-            rows = [measure(name, server, victim, port, args) for name in [*chosen, "quiet"]]
+            order = ["quiet", *itertools.chain.from_iterable((name, "quiet") for name in chosen * args.rounds)]
+            phases = [measure(name, server, victim, port, args) for name in order]
         finally:
             for process in reversed(started):
                 process.close()
+    rows = summed_up(phases)
     show(rows)
     if args.json:
-        args.json.write_text(json.dumps({"seconds": args.seconds, "cores": os.cpu_count(), "rows": rows}, indent=1) + "\n")
-    return 0
+        report = {"seconds": args.seconds, "rounds": args.rounds, "cores": os.cpu_count(), "rows": rows, "phases": phases}
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    raised = [row["attack"] for row in rows if row["attack"] in ATTACKS and row["ratio"] > MOST_RATIO]
+    if raised:
+        print(f"p99 rose by more than 10 %: {', '.join(raised)}", file=sys.stderr)
+    return 1 if raised and args.check else 0
 
 
 def role(core: str, name: str, *rest: str) -> None:

@@ -691,6 +691,13 @@ class RouterConfig(_Part):
         unit="tokens",
         default_text="what the model's card says",
     )
+    booking_ttl: float = setting(
+        600.0,
+        "DYNWIRE_ROUTER_BOOKING_TTL",
+        _seconds(),
+        "router service: load that callers have booked and never freed is released after",
+        unit="s",
+    )
 
 
 @dataclass(frozen=True, repr=False)

@@ -128,7 +128,7 @@ def test_version_and_help(shell: Shell) -> None:
     assert done.returncode == 0 and all(name in done.stdout for name in (b"serve", b"call", b"ls", b"config", b"bench", b"demo"))
 
 
-@pytest.mark.parametrize("command", ["serve", "call", "ls", "config", "bench", "demo", "load"])
+@pytest.mark.parametrize("command", ["serve", "call", "ls", "config", "bench", "demo", "load", "tail", "tree"])
 def test_every_command_has_help(shell: Shell, command: str) -> None:
     done = shell.run(command, "--help")
     assert done.returncode == 0 and done.stdout.startswith(b"Usage: dynwire")

@@ -26,7 +26,7 @@ LAYERS = (
     ("streams", "_awaitable", "_tcpio", "_httpio", "_natsport", "_natsio", "nats", "_portal", "portal", "calls", "handlers"),
     ("planes", "event_plane", "discovery"),
     ("manager", "runtime", "endpoint", "client", "service", "routing", "migration", "replies", "kv_router"),
-    ("workers", "frontend", "mocker", "vllm"),
+    ("workers", "frontend", "router", "mocker", "vllm"),
     ("loadgen", "cli", "__main__", "testing"),
 )
 LAYER_OF = {name: number for number, names in enumerate(LAYERS) for name in names}

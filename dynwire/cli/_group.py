@@ -22,6 +22,8 @@ COMMANDS = {
     "replay": "Send the durable requests of a time range once more.",
     "nats": "Run a nats-server for development.",
     "serve": "Serve handlers until SIGINT or SIGTERM.",
+    "tail": "Print KV cache events as workers publish them.",
+    "tree": "Show what the workers of an endpoint have cached, and share.",
 }
 """Name -> help in one line. It stands here so that ``dynwire --help`` imports no command."""
 

@@ -24,6 +24,7 @@ import click
 
 from ..config import Config, load_config, settings
 from ..errors import ConfigError, DynwireError
+from ..types import Instance
 from . import tables
 from ._common import Command, json_option, loop_factory, run_async, settings_options, to_json
 
@@ -301,24 +302,48 @@ def _discovery(config: Config) -> Findings:
         )
         return
 
-    async def look() -> int:
+    async def look() -> tuple[Instance, ...]:
         from ..discovery import open_discovery
 
         chosen = config.discovery
         discovery = open_discovery(backend, file_dir=chosen.file_dir, ttl=chosen.ttl, nats=config.nats)
         try:
             await discovery.start()
-            return len(await discovery.list())
+            return await discovery.list()
         finally:
             await discovery.close()
 
     try:
-        count = run_async(look())
+        instances = run_async(look())
     except DynwireError as error:
         yield Finding("discovery", "fail", _text(error), _discovery_remedy(error, backend))
         return
     where = f"{config.discovery.file_dir} can be written" if backend == "file" else "its bucket can be read and written"
-    yield Finding("discovery", "ok", f"{backend}: {where}; {count} instances are registered")
+    yield Finding("discovery", "ok", f"{backend}: {where}; {len(instances)} instances are registered")
+    yield from _routing(config, instances)
+
+
+def _routing(config: Config, instances: tuple[Instance, ...]) -> Findings:
+    """KV-aware routing, where there is some: who publishes, who routes, and whether they use the same event plane."""
+    from ..kv_router.publisher import EVENTS_ENDPOINT  # here: broken modules have to be found, not to end the doctor
+    from ..kv_router.sync import LOAD_ENDPOINT
+
+    publishers = [i for i in instances if i.endpoint == EVENTS_ENDPOINT]
+    sharing = [i for i in instances if i.endpoint == LOAD_ENDPOINT]
+    services = sorted({f"{i.namespace}.{i.component}" for i in instances if i.endpoint == "best_worker"})
+    found = [
+        f"{len(publishers)} workers publish KV events" if publishers else "",
+        f"router services: {', '.join(services)}" if services else "",
+        f"{len(sharing)} routers share their load" if sharing else "",
+    ]
+    if any(found):
+        yield Finding("routing", "ok", "; ".join(filter(None, found)))
+    planes = sorted({str(i.metadata.get("event_plane")) for i in publishers} - {config.events.plane})
+    if planes:
+        text = f"there are workers that publish KV events over {', '.join(planes)}, DYN_EVENT_PLANE is {config.events.plane} here"
+        yield Finding(
+            "event plane", "warn", text, "set DYN_EVENT_PLANE to the same value on both sides: routers hear nothing else"
+        )
 
 
 def _discovery_remedy(error: DynwireError, backend: str) -> str:

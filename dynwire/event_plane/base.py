@@ -11,6 +11,9 @@ from ..config import Config
 QUEUE_BATCHES = 4096
 """Batches that may wait at a sender for a server that is away. What exceeds it is dropped: routers notice the gap and ask."""
 
+EVENTS_CHANNEL, STREAM_CHANNEL, LOAD_CHANNEL = "kv", "kvs", "load"
+"""parts of subjects: what workers tell routers, over core NATS and JetStream, and what routers tell each other"""
+
 
 class EventSender(ABC):
     """The sending end, of one worker. Belongs to the event loop that started it."""
@@ -125,3 +128,40 @@ def open_receiver(
     from .jetstream import JetStreamReceiver
 
     return JetStreamReceiver(config, namespace, component, router_id, reset)
+
+
+def open_tap(config: Config, namespace: str, component: str) -> EventReceiver | None:
+    """A receiver for people who look: hears what is published from now on, and leaves nothing behind. Raises `ConfigError`."""
+    if config.events.plane == "jetstream":
+        # what is stored in the stream is published like any other message
+        from .nats import NatsReceiver
+
+        return NatsReceiver(config, namespace, component, STREAM_CHANNEL)
+    return open_receiver(config, namespace, component)
+
+
+def open_load_sender(config: Config, namespace: str, component: str) -> EventSender | None:
+    """What a router tells the others of its component about load with; None if there is no event plane. Raises `ConfigError`."""
+    if config.events.plane == "none":
+        return None
+    if config.events.plane == "zmq":
+        from .zmq import ZmqSender
+
+        return ZmqSender(config)
+    # load is worth nothing later, so nothing of it is stored: core NATS, whatever carries the events
+    from .nats import NatsSender
+
+    return NatsSender(config, namespace, component, LOAD_CHANNEL)
+
+
+def open_load_receiver(config: Config, namespace: str, component: str) -> EventReceiver | None:
+    """The other end of `open_load_sender`: hears all routers of a component."""
+    if config.events.plane == "none":
+        return None
+    if config.events.plane == "zmq":
+        from .zmq import ZmqReceiver
+
+        return ZmqReceiver()
+    from .nats import NatsReceiver
+
+    return NatsReceiver(config, namespace, component, LOAD_CHANNEL)

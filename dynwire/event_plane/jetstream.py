@@ -42,7 +42,7 @@ CONFIRM_S = 5.0
 WINDOW = 2048
 """batches that a router asks for at once"""
 PULL_EXPIRES_S = 10.0
-"""A question to the stream is asked anew after so long; the server takes one of a router that died for a sign of life until then"""
+"""A question to the stream is asked anew after so long; until then the server takes a dead router's for a sign of life"""
 ACK_WAIT_S = 30.0
 """Without an acknowledgement for so long the server sends again; repeats change nothing. Never longer than a dead router counts:
 the server (2.15) keeps a consumer with unacknowledged messages for 2.5 times this"""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config
 from ..errors import ConfigError, DynwireError
-from .base import EventReceiver, EventSender
+from .base import EVENTS_CHANNEL, EventReceiver, EventSender
 
 if TYPE_CHECKING:
     from ..nats.connection import NatsConnection
@@ -31,9 +31,9 @@ PENDING_BATCHES = 262_144
 """What may wait in nats-py for a router that is busy; beyond it batches are dropped, and asked for."""
 
 
-def subject_of(config: Config, namespace: str, component: str) -> str:
-    """Where the events of a component are published."""
-    return f"{config.nats.prefix}.kv.{namespace}.{component}"
+def subject_of(config: Config, namespace: str, component: str, channel: str = EVENTS_CHANNEL) -> str:
+    """Where the events of a component, or the load of its routers, are published."""
+    return f"{config.nats.prefix}.{channel}.{namespace}.{component}"
 
 
 class _Connected:
@@ -96,8 +96,8 @@ class _Connected:
 class NatsSender(EventSender):
     """Publishes on the component's subject."""
 
-    def __init__(self, config: Config, namespace: str, component: str) -> None:
-        self._subject = subject_of(config, namespace, component).encode()
+    def __init__(self, config: Config, namespace: str, component: str, channel: str = EVENTS_CHANNEL) -> None:
+        self._subject = subject_of(config, namespace, component, channel).encode()
         self._connected = _Connected(config, "kv-events")
         self._port: Any = None
 
@@ -124,8 +124,8 @@ class NatsSender(EventSender):
 class NatsReceiver(EventReceiver):
     """Subscribes to the component's subject."""
 
-    def __init__(self, config: Config, namespace: str, component: str) -> None:
-        self._subject = subject_of(config, namespace, component)
+    def __init__(self, config: Config, namespace: str, component: str, channel: str = EVENTS_CHANNEL) -> None:
+        self._subject = subject_of(config, namespace, component, channel)
         self._connected = _Connected(config, "kv-events")
         self._callback: Callable[[bytes], object] | None = None
         self._subscription: Any = None

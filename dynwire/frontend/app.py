@@ -14,6 +14,7 @@ import orjson
 from .._version import __version__
 from ..config import Config
 from ..errors import ConfigError
+from ..kv_router.metrics import values, worker_states
 from ..manager import AsyncNetworkManager
 from .completions import Completions
 from .exchange import JSON, Exchange, Receive, Scope, Send
@@ -243,6 +244,7 @@ class Frontend:
                         }
                         for i in model.instances
                     ],
+                    "router": _describe_router(model),
                 }
                 for model in self.registry.models
             ],
@@ -256,6 +258,30 @@ PAGE_HEADERS = {
     "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
 }
+
+
+def _describe_router(model: Model) -> dict[str, Any] | None:
+    """Caches and load as the kv routers of a model see them; None in the other modes."""
+    if not model.routers:
+        return None
+    totals: dict[str, float] = {}
+    workers = []
+    for path, router in model.routers.items():
+        for name, value in values(router).items():
+            totals[name] = totals.get(name, 0) + value
+        for state in worker_states(router, tuple(i.id for i in model.instances if i.path == path)):
+            workers.append(
+                {
+                    "id": f"{state.worker[0]:016x}",
+                    "dp_rank": state.worker[1],
+                    "cached_blocks": state.cached_blocks,
+                    "requests": state.requests,
+                    "prefill_tokens": state.prefill_tokens,
+                    "decode_blocks": state.decode_blocks,
+                    "total_blocks": model.total_blocks.get(state.worker[0]),
+                }
+            )
+    return {"workers": workers, "totals": totals}
 
 
 def _describe(model: Model) -> dict[str, Any]:

@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from ..kv_router.metrics import METRICS, worker_states
 
 if TYPE_CHECKING:
     from .models import Model
 
 PREFIX = "dynwire_frontend_"
+ROUTER_PREFIX = "dynwire_router_"
 
 SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 GAPS = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -120,7 +122,8 @@ class Exposition:
 
         class Frontend(Collector):
             def collect(self) -> Iterator[Any]:
-                return collect(metrics, models())
+                yield from collect(metrics, models())
+                yield from collect_routers(models())
 
         # a registry of its own: several frontends may live in one process, and what the process registers is its own affair
         self._registry = CollectorRegistry()
@@ -190,3 +193,36 @@ def collect(metrics: Metrics, models: Iterable[Model]) -> Iterator[Any]:
     yield requests
     for family, _ in (*plain, *histograms):
         yield family
+
+
+def collect_routers(models: Iterable[Model]) -> Iterator[Any]:
+    """The same of the kv routers, one per model and endpoint; nothing in the other modes."""
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+    found = [(model, path, router) for model in models for path, router in model.routers.items()]
+    if not found:
+        return
+    for metric in METRICS:
+        kind = CounterMetricFamily if metric.counter else GaugeMetricFamily
+        family = kind(ROUTER_PREFIX + metric.name, metric.doc, labels=["model", "endpoint"])
+        for model, path, router in found:
+            value = metric.read(router)
+            if value is not None:
+                family.add_metric([model.name, path], value)
+        if family.samples:
+            yield family
+    gauges = {
+        name: GaugeMetricFamily(f"{ROUTER_PREFIX}worker_{name}", text, labels=["model", "endpoint", "worker", "dp_rank"])
+        for name, text in (
+            ("cached_blocks", "Blocks of the worker in the index"),
+            ("requests", "Requests at the worker, as far as routers have sent them"),
+            ("prefill_tokens", "Tokens of prompts that are being computed there"),
+            ("decode_blocks", "Blocks in use there"),
+        )
+    }
+    for model, path, router in found:
+        for state in worker_states(router, tuple(i.id for i in model.instances if i.path == path)):
+            labels = [model.name, path, f"{state.worker[0]:016x}", str(state.worker[1])]
+            for name, family in gauges.items():
+                family.add_metric(labels, getattr(state, name))
+    yield from gauges.values()

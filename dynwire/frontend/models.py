@@ -14,7 +14,9 @@ import msgspec
 from ..client import AsyncClient
 from ..config import Config
 from ..errors import ConfigError, DynwireError
-from ..kv_router.router import KvRouterSettings
+from ..kv_router.client import KvAsyncClient
+from ..kv_router.router import KvRouter, KvRouterSettings
+from ..kv_router.sync import check_replica_sync
 from ..manager import AsyncNetworkManager
 from ..migration import resume_tokens
 from ..routing import make_chooser
@@ -38,26 +40,17 @@ Key = tuple[str, str]
 
 
 def router_of(config: Config) -> str:
-    """The name that clients know the configured router by. Raises `ConfigError` if it is not in this release."""
+    """The name that clients know the configured router by. Raises `ConfigError` if it cannot do what is configured."""
     router = config.router.mode.replace("-", "_")
     make_chooser(router, random.Random())
-    for name, wanted in (("DYN_ROUTER_REPLICA_SYNC", config.router.replica_sync),):
-        if wanted and router == "kv":
-            raise ConfigError(f"{name} is set, which is not in this release", name=name, value=True, allowed="false")
+    if config.router.replica_sync and router == "kv":
+        check_replica_sync(config, config.router.kv_events)
     return router
 
 
 def kv_settings_of(config: Config, card: ModelCard) -> KvRouterSettings:
     """What the kv router is told. Engine and router have to mean the same by a block, so the card decides unless overruled."""
-    router = config.router
-    return KvRouterSettings(
-        overlap_score_weight=router.kv_overlap_score_weight,
-        temperature=router.temperature,
-        use_events=router.kv_events,
-        block_size=router.kv_cache_block_size or card.block_size,
-        router_id=router.id,
-        reset_states=router.reset_states,
-    )
+    return KvRouterSettings.from_config(config, card.block_size)
 
 
 class Model:
@@ -73,7 +66,14 @@ class Model:
         self.instances: tuple[Instance, ...] = ()
         self.sequences: int | None = None
         """that all workers together can run at once; None if one of them does not say"""
+        self.total_blocks: dict[int, int] = {}
+        """of the cache of each worker, per rank; without those that do not say"""
         self._clients: dict[str, AsyncClient] = {}
+
+    @property
+    def routers(self) -> dict[str, KvRouter]:
+        """The kv routers of the model's endpoints; empty in the other modes."""
+        return {path: client.kv for path, client in self._clients.items() if isinstance(client, KvAsyncClient)}
 
     def client(self) -> AsyncClient:
         """The client for the next request; several if workers are at several endpoints. Raises `ApiError` without any."""
@@ -214,7 +214,9 @@ class Registry:
     def _follow(self, model: Model, instances: tuple[Instance, ...]) -> None:
         """Set the workers of a model. Clients follow their own endpoint by themselves; here they are opened and closed."""
         model.instances = instances
-        sequences = [card.limits.max_sequences for i in instances if (card := self._card_of(i)) is not None]
+        cards = {i.id: card for i in instances if (card := self._card_of(i)) is not None}
+        model.total_blocks = {i: blocks for i, card in cards.items() if (blocks := card.limits.total_blocks) is not None}
+        sequences = [card.limits.max_sequences for card in cards.values()]
         model.sequences = sum(s for s in sequences if s is not None) if sequences and None not in sequences else None
         paths = {instance.path for instance in instances}
         if paths != set(model._clients):

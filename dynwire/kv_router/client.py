@@ -7,13 +7,13 @@ requests, and those for which no worker is in the index, go to the least loaded 
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from ..client import AsyncClient, Client
-from ..errors import DynwireError, ProtocolError
+from ..errors import DynwireError, NoInstances, ProtocolError
 from ..migration import Resume
 from ..replies import AsyncReplyStream, ReplyStream, StreamRequest
 from ..types import Instance
@@ -64,6 +64,11 @@ def _only(items: list[Any], endpoint: str) -> Any:
     return items[0]
 
 
+def _not_again(request: StreamRequest) -> set[int]:
+    """Instances that have lost the stream, or did not take it when it was opened before."""
+    return request.lost | (request.course.tried if request.course is not None else set())
+
+
 class KvAsyncReplyStream(AsyncReplyStream):
     """A reply stream that tells the router about its first item and its end."""
 
@@ -72,6 +77,7 @@ class KvAsyncReplyStream(AsyncReplyStream):
     def __init__(self, client: KvAsyncClient, request: StreamRequest, request_id: str) -> None:
         super().__init__(client, request)
         self.request_id = request_id
+        self._arguments = (request_id,)
         self._first = True
 
     def __aiter__(self) -> AsyncIterator[Any]:
@@ -93,10 +99,8 @@ class KvAsyncReplyStream(AsyncReplyStream):
         super().close()
 
     async def _open(self) -> AsyncItemStream:
-        self._before_open()
         self._first = True  # a stream that has migrated has its prompt computed again
-        items: AsyncItemStream = self._opened(await self._client._open(self._request, self.request_id))
-        return items
+        return await super()._open()
 
 
 class KvAsyncClient(AsyncClient):
@@ -155,14 +159,41 @@ class KvAsyncClient(AsyncClient):
         plain = super().stream(payload, **options)
         return KvAsyncReplyStream(self, plain._request, f"{id(self):x}-{next(self._numbers)}")
 
+    def best_worker(
+        self,
+        token_ids: Sequence[int],
+        request_id: str | None = None,
+        *,
+        lora: str | None = None,
+        exclude: Collection[int] = (),
+    ) -> Decision:
+        """Where a prompt would go now, without sending it; the alternatives are in the decision.
+
+        With ``request_id`` its load is booked: it has to be followed by ``kv.finish(request_id)``, and by ``kv.first_token`` when
+        that comes. ``exclude`` names instances. Raises `NoInstances`, `PlaneMismatch`.
+        """
+        self._check_open()
+        assert self._mine is not None
+        candidates = _candidates(self._mine, set(exclude))
+        if not candidates:
+            known = len(self._mine.table)
+            text = f"no instance of {self.endpoint} can take a request: {known} known, the others are excluded or set aside"
+            raise self._mine.explain(NoInstances(text, endpoint=self.endpoint, details={"known": known}))
+        book = request_id is not None
+        return self.kv.choose(token_ids, candidates, request_id or "", lora=lora, book=book, explain=True)
+
     def _open_now(self, request: StreamRequest) -> None:
         return None  # the way of one call after another is not this router's
 
-    async def _open(self, request: StreamRequest, request_id: str = "") -> tuple[Any, AsyncItemStream]:
+    async def _reopen(self, request: StreamRequest, *rest: Any) -> tuple[Any, AsyncItemStream]:
+        self.kv.finish(rest[-1])  # it is booked anew, for another worker
+        return await super()._reopen(request, *rest)
+
+    async def _open(self, request: StreamRequest, request_id: str = "", *arguments: Any) -> tuple[Any, AsyncItemStream]:
         tokens = _tokens(request.payload)
         if tokens is None or request.instance is not None:
             return await super()._open(request)
-        tried = set(request.lost)
+        tried = _not_again(request)
         payload = request.payload
         while True:
             assert self._mine is not None
@@ -195,6 +226,7 @@ class KvReplyStream(ReplyStream):
     def __init__(self, client: KvClient, request: StreamRequest, request_id: str) -> None:
         super().__init__(client, request)
         self.request_id = request_id
+        self._arguments = (request_id,)
         self._first = True
 
     def __iter__(self) -> Iterator[Any]:
@@ -216,10 +248,8 @@ class KvReplyStream(ReplyStream):
         super().close()
 
     def _open(self) -> ItemStream:
-        self._before_open()
         self._first = True
-        items: ItemStream = self._opened(self._client._open(self._request, self.request_id))
-        return items
+        return super()._open()
 
 
 class KvClient(Client):
@@ -286,11 +316,15 @@ class KvClient(Client):
         plain = super().stream(payload, **options)
         return KvReplyStream(self, plain._request, f"{id(self):x}-{next(self._numbers)}")
 
-    def _open(self, request: StreamRequest, request_id: str = "") -> tuple[Any, ItemStream]:
+    def _reopen(self, request: StreamRequest, *rest: Any) -> tuple[Any, ItemStream]:
+        self._tell(self.kv.finish, rest[-1])
+        return super()._reopen(request, *rest)
+
+    def _open(self, request: StreamRequest, request_id: str = "", *arguments: Any) -> tuple[Any, ItemStream]:
         tokens = _tokens(request.payload)
         if tokens is None or request.instance is not None:
             return super()._open(request)
-        tried = set(request.lost)
+        tried = _not_again(request)
         payload = request.payload
         while True:
             candidates = _candidates(self._route(), tried)

@@ -1,21 +1,37 @@
-"""What workers are busy with, as far as a router has sent it there. Does no I/O; one thread."""
+"""What workers are busy with, as far as routers have sent it there. Does no I/O; one thread."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 Worker = tuple[int, int]
 """(worker_id, dp_rank)"""
 
+RequestKey = str | tuple[int, int]
+"""Own requests have a name, those of another router (its id, its number of the request)."""
+
 
 @dataclass
-class _Booking:
+class Booking:
+    """A request that runs at a worker."""
+
     worker: Worker
     prefill_tokens: int
     blocks: Sequence[int]
     further_blocks: int
     """of the prompt's partial last block, which has no hash"""
+
+
+class LoadListener(Protocol):
+    """Hears of own requests, not of those of other routers."""
+
+    def booked(self, request_id: str, booking: Booking) -> None: ...
+
+    def computed(self, request_id: str) -> None: ...
+
+    def finished(self, request_id: str) -> None: ...
 
 
 @dataclass
@@ -36,11 +52,16 @@ class WorkerLoad:
 
 
 class ActiveLoad:
-    """Load of all workers: booked when a request is routed, the prefill part released at its first token, the rest at its end."""
+    """Load of all workers: booked when a request is routed, the prefill part released at its first token, the rest at its end.
+
+    What other routers have sent to the same workers (`dynwire.kv_router.replicas`) counts like the own.
+    """
 
     def __init__(self) -> None:
-        self._bookings: dict[str, _Booking] = {}
+        self._own: dict[str, Booking] = {}
+        self._replicas: dict[int, dict[int, Booking]] = {}
         self._workers: dict[Worker, WorkerLoad] = {}
+        self.listener: LoadListener | None = None
 
     def of(self, worker: Worker) -> WorkerLoad:
         """Load of a worker; an empty one if it has none."""
@@ -48,8 +69,17 @@ class ActiveLoad:
 
     @property
     def requests(self) -> int:
-        """Requests that are booked."""
-        return len(self._bookings)
+        """Own requests that are booked."""
+        return len(self._own)
+
+    @property
+    def own(self) -> dict[str, Booking]:
+        """Own requests, by name; not to be changed."""
+        return self._own
+
+    def requests_of(self, replica: int) -> int:
+        """Requests that another router has booked."""
+        return len(self._replicas.get(replica, ()))
 
     def decode_blocks_with(self, worker: Worker, sequence_hashes: Sequence[int], further_blocks: int = 0) -> int:
         """Blocks in use at a worker if it got this prompt too."""
@@ -70,30 +100,43 @@ class ActiveLoad:
         return load.decode_blocks + len(sequence_hashes) - low + further_blocks
 
     def book(
-        self, request_id: str, worker: Worker, prefill_tokens: int, sequence_hashes: Sequence[int], further_blocks: int = 0
+        self, key: RequestKey, worker: Worker, prefill_tokens: int, sequence_hashes: Sequence[int], further_blocks: int = 0
     ) -> None:
         """A request was routed. One that was booked before is moved (it was retried elsewhere)."""
-        self.finish(request_id)
-        self._bookings[request_id] = _Booking(worker, prefill_tokens, sequence_hashes, further_blocks)
+        self.finish(key)
+        booking = Booking(worker, prefill_tokens, sequence_hashes, further_blocks)
+        if isinstance(key, str):
+            self._own[key] = booking
+        else:
+            self._replicas.setdefault(key[0], {})[key[1]] = booking
         load = self._workers.setdefault(worker, WorkerLoad())
         load.requests += 1
         load.prefill_tokens += prefill_tokens
         load.further_blocks += further_blocks
         for value in sequence_hashes:
             load.blocks[value] = load.blocks.get(value, 0) + 1
+        if self.listener is not None and isinstance(key, str):
+            self.listener.booked(key, booking)
 
-    def first_token(self, request_id: str) -> None:
+    def first_token(self, key: RequestKey) -> None:
         """The prompt has been computed."""
-        booking = self._bookings.get(request_id)
-        if booking is not None:
+        booking = self._own.get(key) if isinstance(key, str) else self._replicas.get(key[0], {}).get(key[1])
+        if booking is not None and booking.prefill_tokens:
             self._workers[booking.worker].prefill_tokens -= booking.prefill_tokens
             booking.prefill_tokens = 0
+            if self.listener is not None and isinstance(key, str):
+                self.listener.computed(key)
 
-    def finish(self, request_id: str) -> None:
+    def finish(self, key: RequestKey) -> None:
         """The request is over, however it ended. Unknown ones are ignored."""
-        booking = self._bookings.pop(request_id, None)
+        booking = self._own.pop(key, None) if isinstance(key, str) else self._replicas.get(key[0], {}).pop(key[1], None)
         if booking is None:
             return
+        self._release(booking)
+        if self.listener is not None and isinstance(key, str):
+            self.listener.finished(key)
+
+    def _release(self, booking: Booking) -> None:
         load = self._workers[booking.worker]
         load.requests -= 1
         load.prefill_tokens -= booking.prefill_tokens
@@ -108,9 +151,14 @@ class ActiveLoad:
             del self._workers[booking.worker]
 
     def remove_worker(self, worker_id: int) -> None:
-        """A worker is gone, and its requests with it."""
-        for request_id in [r for r, booking in self._bookings.items() if booking.worker[0] == worker_id]:
+        """A worker is gone, and its requests with it. Those of other routers stay until these say so themselves."""
+        for request_id in [r for r, booking in self._own.items() if booking.worker[0] == worker_id]:
             self.finish(request_id)
+
+    def remove_replica(self, replica: int) -> None:
+        """Another router is gone, or says anew what it has booked."""
+        for booking in self._replicas.pop(replica, {}).values():
+            self._release(booking)
 
     def totals(self) -> dict[Worker, tuple[int, int, int]]:
         """(requests, prefill tokens, decode blocks) of every worker that has requests."""

@@ -12,13 +12,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from .._kvhash import compute_block_hashes, sequence_hashes
-from .._kvtree import OverlapScores
+from .._kvtree import OverlapScores, RadixTree
+from ..config import Config
 from ..manager import AsyncNetworkManager
 from ..types import EndpointId
 from .approximate import ApproximateIndex
 from .cost import Choice, CostSettings, choose, costs
 from .indexer import KvIndexer
 from .load import ActiveLoad, Worker
+from .sync import ReplicaSync, check_replica_sync
 
 logger = logging.getLogger("dynwire.kv_router")
 
@@ -35,12 +37,28 @@ class KvRouterSettings:
     """False: the index is fed by this router's own decisions, and no event plane is opened"""
     block_size: int | None = None
     """tokens per block; None: what the first worker says"""
+    replica_sync: bool = False
+    """share the load with the other routers of the component; needs an event plane"""
     seed: int | None = None
     """of ties and of the temperature's choices"""
     router_id: str | None = None
     """name of this router where events are kept for it (jetstream); None: as configured, or a new one"""
     reset_states: bool | None = None
     """True: what is stored for routers is deleted at the start (jetstream); None: as configured"""
+
+    @classmethod
+    def from_config(cls, config: Config, block_size: int | None = None) -> KvRouterSettings:
+        """As the settings of a frontend or a router service say; ``block_size`` if they do not name one."""
+        router = config.router
+        return cls(
+            overlap_score_weight=router.kv_overlap_score_weight,
+            temperature=router.temperature,
+            use_events=router.kv_events,
+            block_size=router.kv_cache_block_size or block_size,
+            replica_sync=router.replica_sync,
+            router_id=router.id,
+            reset_states=router.reset_states,
+        )
 
     @property
     def cost(self) -> CostSettings:
@@ -84,6 +102,7 @@ class KvRouter:
     def __init__(
         self, manager: AsyncNetworkManager, namespace: str, component: str, settings: KvRouterSettings | None = None
     ) -> None:
+        """Raises `ConfigError`: replica sync without a way for it, an event plane whose package is missing."""
         self.settings = settings or KvRouterSettings()
         self.load = ActiveLoad()
         self.stats = RouterStats()
@@ -107,14 +126,27 @@ class KvRouter:
         else:
             self.approximate = ApproximateIndex()
         self._block_size = self.settings.block_size
+        self.replicas: ReplicaSync | None = None
+        """what the other routers of the component have sent to the workers; None without replica sync"""
+        if self.settings.replica_sync:
+            check_replica_sync(manager.config, self.settings.use_events)
+            self.replicas = ReplicaSync(manager, namespace, component, self.load)
 
     async def start(self) -> None:
-        """Follow the workers' events. In approximate mode nothing is opened."""
+        """Follow the workers' events, and the other routers. In approximate mode nothing is opened but replica sync."""
         if self.indexer is not None:
             await self.indexer.start()
+        if self.replicas is not None:
+            try:
+                await self.replicas.start()
+            except BaseException:  # cancellation included
+                await self.close()
+                raise
 
     async def close(self) -> None:
         """May be called twice."""
+        if self.replicas is not None:
+            await self.replicas.close()
         if self.indexer is not None:
             await self.indexer.close()
 
@@ -130,6 +162,14 @@ class KvRouter:
     @block_size.setter
     def block_size(self, value: int) -> None:
         self._block_size = value
+
+    @property
+    def tree(self) -> RadixTree:
+        """The index, whatever feeds it."""
+        if self.indexer is not None:
+            return self.indexer.tree
+        assert self.approximate is not None
+        return self.approximate.tree
 
     def choose(
         self,

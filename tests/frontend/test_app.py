@@ -102,7 +102,9 @@ async def test_a_bug_is_an_error_for_the_client_and_for_the_server(monkeypatch: 
         assert frontend.metrics.in_flight == 0
 
 
-@pytest.mark.parametrize("name", ["replica_sync"])
-def test_what_the_kv_router_cannot_do_is_said(name: str) -> None:
-    with pytest.raises(ConfigError, match="not in this release"):
-        Frontend(load_config({"router_mode": "kv", f"router_{name}": True}))
+@pytest.mark.parametrize(
+    ("settings", "text"), [({"event_plane": "none"}, "DYN_EVENT_PLANE is none"), ({"router_kv_events": False}, "--no-kv-events")]
+)
+def test_replica_sync_without_a_way_is_refused_at_the_start(settings: dict[str, object], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        Frontend(load_config({"router_mode": "kv", "router_replica_sync": True, **settings}, environ={}))

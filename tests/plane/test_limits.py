@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -108,6 +109,45 @@ async def test_an_overloaded_instance_is_not_the_only_one(managers: Managers) ->
             await client.call(3)
         release.set()
         assert await asyncio.gather(*calls) == [0, 1]
+
+
+@pytest.mark.not_queued("workers take what they can run, nobody refuses")
+async def test_a_stream_that_is_refused_goes_to_another_instance(managers: Managers) -> None:
+    """As a call does, although the refusal comes when the stream is open. Its context stays the same."""
+    release = Signal()
+    ids: list[str | None] = []
+
+    def handler_of(name: str) -> Any:
+        async def handler(request: Any, context: dynwire.Context) -> AsyncIterator[list[Any]]:
+            ids.append(context.id)
+            yield [name, 0]
+            if request == "hold":
+                await release.wait()
+            yield [name, 1]
+
+        return handler
+
+    async with managers() as one, managers() as two, managers() as caller:
+        full = await one.serve(PATH, handler_of("one"), max_in_flight=1)
+        await two.serve(PATH, handler_of("two"))
+        client = await caller.client(PATH, wait=2)
+        async with client.stream("hold", instance=full.instance.id) as held:
+            assert await held.next() == ["one", 0]
+            for n in range(4):
+                async with client.stream(n) as stream:
+                    context = stream.context
+                    assert await stream.next() == ["two", 0]
+                    assert await stream.next() == ["two", 1]
+                    assert stream.context is context
+                    assert context.id == ids[-1]
+                assert [item async for item in client.stream(n)] == [["two", 0], ["two", 1]], "without `with`"
+            # an instance that was named is the only one
+            with pytest.raises(dynwire.Overloaded) as caught:
+                await client.items(5, instance=full.instance.id)
+            assert caught.value.sent == "no"
+            release.set()
+            assert await held.next() == ["one", 1]
+        assert len(ids) == 9
 
 
 async def test_blocking_handlers_do_not_hold_up_others(managers: Managers) -> None:
