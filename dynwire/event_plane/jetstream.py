@@ -433,7 +433,7 @@ class JetStreamReceiver(EventReceiver):
             await stream.purge_all()
             _reset.add(self._names.stream)
         found = await store.load()
-        if found is not None and self._index is not None and self._index.restore(found[1]):
+        if found is not None and self._index is not None and await self._index.restore(found[1]):
             self._covered = self._applied = found[0]
 
     async def _place(self, stream: EventStream, first: bool) -> int:

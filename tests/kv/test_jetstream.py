@@ -9,19 +9,22 @@ import os
 import random
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import dynwire
 from dynwire.event_plane import jetstream, stream
 from dynwire.event_plane.jetstream import JetStreamReceiver, JetStreamSender
 from dynwire.event_plane.stream import EventStream, SnapshotStore, StreamNames
-from dynwire.kv_router.indexer import KvIndexer
+from dynwire.kv_router import RadixTree
+from dynwire.kv_router.indexer import IndexSnapshot, KvIndexer
 from dynwire.kv_router.publisher import KvEventPublisher
 from dynwire.nats.connection import NatsConnection
 from dynwire.nats.server import NatsServer, find_binary
@@ -239,6 +242,76 @@ async def test_what_has_changed_while_no_router_was_there(lab: Lab) -> None:
             await eventually(lambda: same(again, stays, restarted))
             assert set(again.workers) == {11, 33}
             assert again._restored == set()
+
+
+async def test_a_snapshot_that_cannot_be_read_is_not_needed(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    rng = random.Random(16)
+    async with lab.worker(11) as worker, lab.look() as look:
+        await publish(worker, 20, rng)
+        await eventually(lambda: sender_of(worker).unconfirmed == 0)
+        state = (await look.js.stream_info(look.names.stream)).state
+        writer = await look.store.begin("somebody:")
+        assert writer is not None
+        assert await writer.write(state.last_seq, b"no snapshot")
+        await look.stream.purge_all()
+        async with lab.router("r1") as index:
+            await eventually(lambda: equal(index, worker))
+            assert same(index, worker)
+            assert index.follower.stats.dumps == 1
+        assert "the stored snapshot of demo.worker.kv_events cannot be used" in caplog.text
+
+
+async def test_a_snapshot_of_another_block_size_is_left(lab: Lab) -> None:
+    rng = random.Random(17)
+    async with lab.worker(11) as worker, lab.router("r1") as index:
+        await publish(worker, 150, rng)
+        await eventually(lambda: receiver_of(index).snapshots == 1)
+    async with dynwire.AsyncNetworkManager(**lab.settings) as manager:
+        other = KvEventPublisher(manager, "demo", "worker", 22, 2 * BLOCK_SIZE)
+        await other.start()
+        try:
+            async with lab.router("r1", discovery_ttl=3600.0) as index:
+                await publish(other, 5, rng)
+                await eventually(lambda: equal(index, other))
+                assert index.block_size == 2 * BLOCK_SIZE
+                assert same(index, other), "the blocks of before have left at once"
+        finally:
+            await other.close()
+
+
+async def test_events_wait_while_a_snapshot_is_taken_and_questions_do_not(lab: Lab) -> None:
+    rng = random.Random(18)
+    async with lab.worker(11) as worker, lab.router("r1") as index:
+        blocks = chain(rng, 5)
+        store(worker, blocks)
+        await eventually(lambda: equal(index, worker))
+        tree, begun, go_on = index.tree, threading.Event(), threading.Event()
+
+        class Slow:
+            entries, find_matches = tree.entries, tree.find_matches
+
+            def snapshot(self) -> bytes:
+                begun.set()
+                assert go_on.wait(PATIENCE_S)
+                return tree.snapshot()
+
+        index.tree = Slow()  # type: ignore[assignment]
+        taking = asyncio.create_task(index.snapshot())
+        try:
+            await asyncio.to_thread(begun.wait)
+            await publish(worker, 20, rng)
+            receiver = receiver_of(index)
+            await eventually(lambda: sender_of(worker).unconfirmed == 0 and index._held)
+            assert index.find_matches([t for _, t in blocks]).scores == {(11, 0): 5}
+            assert index.follower.position(11) == (worker.index.epoch, 1)
+            assert receiver.connected
+        finally:
+            go_on.set()
+        data = await taking
+        index.tree = tree
+        await eventually(lambda: equal(index, worker))
+        assert same(index, worker)
+        assert RadixTree.restore(msgspec.msgpack.decode(data, type=IndexSnapshot).tree).entries == 5
 
 
 async def test_the_stream_keeps_what_a_slow_router_has_not_acknowledged(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
