@@ -50,7 +50,7 @@ class EventIndex(ABC):
     """What a receiver that keeps state for its router needs of the router's index. Loop thread only."""
 
     @abstractmethod
-    def restore(self, data: bytes) -> bool:
+    async def restore(self, data: bytes) -> bool:
         """Take over a snapshot; False, and nothing changed, if it is none or the index has begun without it."""
 
     @abstractmethod

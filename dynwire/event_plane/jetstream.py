@@ -44,7 +44,8 @@ WINDOW = 2048
 PULL_EXPIRES_S = 10.0
 """A question to the stream is asked anew after so long; until then the server takes a dead router's for a sign of life"""
 ACK_WAIT_S = 30.0
-"""Without an acknowledgement for so long the server sends again; repeats change nothing"""
+"""Without an acknowledgement for so long the server sends again; repeats change nothing. Never longer than a dead router counts:
+the server (2.15) keeps a consumer with unacknowledged messages for 2.5 times this"""
 OPEN_S = 10.0
 """How long the start of a router waits for its snapshot and its place in the stream, if there is a server"""
 TEND_S = 10.0
@@ -432,7 +433,7 @@ class JetStreamReceiver(EventReceiver):
             await stream.purge_all()
             _reset.add(self._names.stream)
         found = await store.load()
-        if found is not None and self._index is not None and self._index.restore(found[1]):
+        if found is not None and self._index is not None and await self._index.restore(found[1]):
             self._covered = self._applied = found[0]
 
     async def _place(self, stream: EventStream, first: bool) -> int:
@@ -462,7 +463,7 @@ class JetStreamReceiver(EventReceiver):
                 durable_name=self._name,
                 description=f"router on {socket.gethostname()}, process {os.getpid()}",
                 ack_policy=api.AckPolicy.ALL,
-                ack_wait=ACK_WAIT_S,
+                ack_wait=min(ACK_WAIT_S, self._config.events.router_ttl),
                 max_deliver=-1,
                 max_ack_pending=8 * WINDOW,
                 deliver_policy=api.DeliverPolicy.BY_START_SEQUENCE if self._applied else api.DeliverPolicy.ALL,

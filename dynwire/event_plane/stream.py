@@ -22,6 +22,7 @@ import msgspec
 from ..config import Config
 from ..errors import ConfigError, DynwireError
 from ..nats.queue import API_TIMEOUT_S, JS_NO_SPACE, JS_NOT_ENABLED, JS_OVERLAP, JS_STREAM_IN_USE, differences, plain
+from .base import STREAM_CHANNEL
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -58,7 +59,7 @@ class StreamNames:
         path, head = f"{namespace}.{component}", prefix.replace(".", "+")
         mark = hashlib.sha256(f"{prefix} {path}".encode()).hexdigest()[:8]
         bucket = f"{prefix.replace('.', '-')}_kv_{namespace}_{component}_{mark}"
-        return cls(path, f"{prefix}.kvs.{path}", f"{head}+kv+{namespace}+{component}", bucket)
+        return cls(path, f"{prefix}.{STREAM_CHANNEL}.{path}", f"{head}+kv+{namespace}+{component}", bucket)
 
 
 def failures() -> tuple[type[BaseException], ...]:

@@ -143,16 +143,28 @@ class KvIndexer(EventIndex):
 
     # snapshots
 
-    def restore(self, data: bytes) -> bool:
-        if self.follower.stats.applied or self.follower.stats.dumps:
+    @property
+    def _has_begun(self) -> bool:
+        """Is something from workers in the tree?"""
+        return bool(self.follower.stats.applied or self.follower.stats.dumps)
+
+    async def restore(self, data: bytes) -> bool:
+        """Read in another thread, which lets this one run in between."""
+
+        def read() -> tuple[IndexSnapshot, RadixTree]:
+            found = msgspec.msgpack.decode(data, type=IndexSnapshot)
+            if found.version != SNAPSHOT_VERSION:
+                raise ValueError(f"it has version {found.version}, this release reads version {SNAPSHOT_VERSION}")
+            return found, RadixTree.restore(found.tree, BUDGET_BYTES)
+
+        if self._has_begun:
             return False
         try:
-            found = msgspec.msgpack.decode(data, type=IndexSnapshot)
-            if found.version != SNAPSHOT_VERSION or (self.block_size or found.block_size) != found.block_size:
-                return False
-            tree = RadixTree.restore(found.tree, BUDGET_BYTES)
+            found, tree = await asyncio.to_thread(read)
         except (msgspec.MsgspecError, ValueError) as error:
             logger.warning("the stored snapshot of %s cannot be used: %s", self._path, error)
+            return False
+        if self._has_begun or (self.block_size or found.block_size) != found.block_size:
             return False
         self._forget_restored()
         self.tree = self.follower.tree = tree

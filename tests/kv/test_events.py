@@ -81,6 +81,16 @@ def same(index: KvIndexer, *publishers: KvEventPublisher) -> bool:
     return content(index.tree) == union
 
 
+def equal(index: KvIndexer, *publishers: KvEventPublisher) -> bool:
+    """Has the index all events? To compare trees would hold up everybody for longer than what is waited for."""
+    workers = [publisher.index for publisher in publishers]
+    return not index.follower.behind and all(
+        index.follower.position(worker.worker_id, rank) == (worker.epoch, worker.last_id(rank))
+        for worker in workers
+        for rank in worker.ranks or (0,)
+    )
+
+
 async def test_events_arrive_in_the_index(managers: Managers) -> None:
     rng = random.Random(1)
     async with (
