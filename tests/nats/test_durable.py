@@ -614,7 +614,11 @@ async def test_a_thousand_requests_across_a_restart_and_two_kills(
     record_property("durable storm", f"{len(answered)} answered, {len(failed)} failed, {duplicates} duplicates, {seconds:.1f} s")
     print(f"{len(answered)} answered, {len(failed)} failed, {duplicates} executions too many, {reported} marked, {seconds:.1f} s")
     assert len(answered) == count, failed[:3]
-    # What was run again says so, but for what the killed server had forgotten of its own counting.
+    # What was run again says so, but for what the killed server had forgotten of its own counting when another worker took it.
+    seen: dict[tuple[int, int], int] = {}
+    for n, attempt, pid in workers.executions():
+        assert attempt > seen.get((n, pid), 0), f"worker {pid} ran request {n} as number {attempt} after {seen[(n, pid)]}"
+        seen[(n, pid)] = attempt
     unmarked = sum(workers.attempts(n).count(1) - 1 for n in runs)
     print(f"{unmarked} executions not marked as repetitions")
     assert reported >= duplicates - unmarked
