@@ -430,6 +430,20 @@ async def test_a_running_request_outlives_a_killed_server(server: NatsServer, ma
         assert await client.call({"n": 2}) is not None
 
 
+async def test_nobody_waits_for_answers_that_were_lost_with_the_connection(
+    server: NatsServer, manager: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that shuts down tells the worker, which asks for its queue anew, too late. It would wait a hundred seconds here."""
+    monkeypatch.setattr("dynwire.nats.queue.API_TIMEOUT_S", 100.0)
+    async with manager(DYNWIRE_NATS_QUEUE_ACK_WAIT=10.0) as made:
+        await made.serve("d.w.here", lambda request: request)
+        client = await made.client("d.w.here", wait=0)
+        for n in range(3):
+            assert await client.call(n) == n
+            await asyncio.to_thread(server.restart, kill=False)
+            assert await client.call(n) == n
+
+
 async def test_requests_made_while_the_server_is_away(server: NatsServer, managers: Managers, workers: Workers) -> None:
     async with managers() as made:
         client = await made.client("d.w.work", wait=0)
