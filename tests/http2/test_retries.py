@@ -218,6 +218,34 @@ async def test_an_http_client_at_a_tcp_server(face: str) -> None:
         assert "tcp" in str(error)
 
 
+@FACES
+@pytest.mark.parametrize(
+    ("first", "code", "words"),
+    [
+        (f.frame(f.SETTINGS, 0, 1, bytes(6)), f.PROTOCOL_ERROR, "SETTINGS on a stream"),
+        (f.frame(f.SETTINGS, f.ACK, 0, b"\0"), f.FRAME_SIZE_ERROR, "its acknowledgement none"),
+    ],
+    ids=["on-a-stream", "acknowledgement"],
+)
+async def test_a_server_that_begins_with_a_wrong_frame(face: str, first: bytes, code: int, words: str) -> None:
+    """It speaks HTTP/2, so it is not said to be on another plane, and it is told by GOAWAY what was wrong."""
+    said: list[f.Frame] = []
+
+    async def script(raw: Raw) -> None:
+        assert await raw.reader.readexactly(len(f.PREFACE)) == f.PREFACE
+        raw.send(first)
+        said.append(await raw.type(f.GOAWAY))
+
+    async with raw_server(script) as server, managing(face) as manager:
+        direct = Direct(manager, server.address)
+        error = await outcome(direct.call(0))
+        assert isinstance(error, dynwire.ProtocolError), error
+        assert words in str(error) and server.address in str(error)
+        await eventually(lambda: said)
+        assert int.from_bytes(said[0].payload[4:8], "big") == code
+        await direct.close()
+
+
 NATS = b'INFO {"server_id":"X","version":"2.10.0","proto":1,"max_payload":1048576}\r\n'
 HTTP1 = b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
 
