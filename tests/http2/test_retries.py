@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import pytest
@@ -243,6 +244,39 @@ async def test_a_server_that_begins_with_a_wrong_frame(face: str, first: bytes, 
         assert words in str(error) and server.address in str(error)
         await eventually(lambda: said)
         assert int.from_bytes(said[0].payload[4:8], "big") == code
+        await direct.close()
+
+
+@ONE_LOOP
+async def test_bytes_that_come_too_late_do_not_reset_the_connection(
+    monkeypatch: pytest.MonkeyPatch, loop_factory: object
+) -> None:
+    """A reset can overtake the GOAWAY before it: the server sees GOAWAY, then the end."""
+    servers: list[Raw] = []
+    make = HttpDialler.connection
+
+    class Socket(socket.socket):
+        def close(self) -> None:
+            servers[0].send(f.ping())
+            super().close()
+
+    def connection(dialler: HttpDialler, loop: asyncio.AbstractEventLoop, sock: socket.socket, address: str) -> Any:
+        return make(dialler, loop, Socket(fileno=sock.detach()), address)
+
+    monkeypatch.setattr(HttpDialler, "connection", connection)
+    got = bytearray()
+
+    async def script(raw: Raw) -> None:
+        servers.append(raw)
+        await raw.welcome()
+        raw.send(f.frame(f.PING, 0, 1, bytes(8)))
+        while data := await raw.reader.read(65536):
+            got.extend(data)
+
+    async with raw_server(script) as server, managing() as manager:
+        direct = Direct(manager, server.address)
+        assert isinstance(await outcome(direct.call(0)), dynwire.ProtocolError)
+        await eventually(lambda: b"PING on a stream" in got)
         await direct.close()
 
 
