@@ -130,6 +130,9 @@ cdef class AsyncConnection(Machine):
             return 0
         self.farewell(str(error))
         self.flush()
+        if self.is_client:
+            # The end comes first: close() with unread bytes is a reset, which can overtake what flush() has sent.
+            c_shutdown(self.fd, SHUT_RDWR)
         return self.lost(error)
 
     cdef int broken(self, object error) except -1:

@@ -398,6 +398,8 @@ cdef class HttpWire(Link):
         if head[0:1] == b"\0" and (len(head) < 4 or head[3] in (4, 7)) and not head[5:9].strip(b"\0"):
             return 0
         theirs = "the dynwire tcp plane" if b"dynwire tcp plane" in head else describe_foreign(head[:64])
+        if theirs == "HTTP/2":  # no other plane but wrong frames: the engine says what is wrong, to the server by GOAWAY
+            return 0
         raise PlaneMismatch(
             f"{self.peer} speaks {theirs}, but this is the dynwire http plane, which needs HTTP/2 there: the worker is on "
             "another plane (check DYN_REQUEST_PLANE on both sides), or a proxy before it does not speak HTTP/2 without TLS",
