@@ -13,9 +13,11 @@ from tests.plane.faces import PATIENCE_S, eventually
 
 from . import frames as f
 from .frames import Frame
-from .live import ENGINES, ONE_LOOP, PATH, host_port, managing, raw_client
+from .live import ENGINES, PATH, host_port, managing, raw_client
 
-pytestmark = [pytest.mark.usefixtures("discovery_dir"), ONE_LOOP]
+LOOPS = pytest.mark.parametrize("loop_factory", ["asyncio", "uvloop"], indirect=True)
+
+pytestmark = [pytest.mark.usefixtures("discovery_dir"), LOOPS]
 
 
 async def echo(request: Any) -> Any:
