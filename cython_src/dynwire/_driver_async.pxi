@@ -129,6 +129,9 @@ cdef class AsyncConnection(Machine):
             return 0
         self.farewell(str(error))
         self.flush()
+        if self.is_client:
+            # The end comes first: close() with unread bytes is a reset, which can overtake what flush() has sent.
+            c_shutdown(self.fd, SHUT_RDWR)
         return self.lost(error)
 
     cdef int broken(self, object error) except -1:
@@ -346,7 +349,7 @@ cdef class AsyncConnection(Machine):
         if self.timer_handle is not None:
             self.timer_handle.cancel()
             self.timer_handle = None
-        self.sock.close()
+        self.close_socket()
         streams = self.take_all_streams()
         self.before_lost(error)
         for stream in streams:
@@ -357,6 +360,10 @@ cdef class AsyncConnection(Machine):
         callback, self.on_closed = self.on_closed, None
         if callback is not None:
             callback(self, error)
+        return 0
+
+    cdef int close_socket(self) except -1:
+        self.sock.close()
         return 0
 
     cdef int before_lost(self, object error) except -1:
