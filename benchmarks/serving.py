@@ -491,6 +491,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.seconds = args.seconds or (1.0 if args.short else 2.0)
     args.patience = args.patience if args.patience is not None else (0 if args.short else 2)
     args.budget = args.budget or (165.0 if args.short else 900.0)
+    args.dynamo = args.dynamo.absolute()  # its processes run in a directory of their own
     args.mode = "short" if args.short else "normal"
     partial = any([args.only, args.peers, args.without])
     args.output = args.output or HERE / "results" / f"serving-{'partial' if partial else args.mode}"
