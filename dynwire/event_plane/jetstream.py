@@ -329,6 +329,8 @@ class JetStreamReceiver(EventReceiver):
         self._lasting = router_id is not None
         self._instance = secrets.token_hex(8)
         self._name = router_id or self._generated()
+        self._taken: tuple[str, str] | None = None
+        """what of `_used` is ours"""
         self._reset = reset
         self._index: EventIndex | None = None
         self._callback: Callable[[bytes], object] | None = None
@@ -398,7 +400,8 @@ class JetStreamReceiver(EventReceiver):
             if (self._names.stream, self._name) not in _used:
                 break
             self._name = f"{base}-{number}"
-        _used.add((self._names.stream, self._name))
+        self._taken = (self._names.stream, self._name)
+        _used.add(self._taken)
 
     # opening
 
@@ -450,30 +453,30 @@ class JetStreamReceiver(EventReceiver):
                 found = await stream.js.consumer_info(name, self._name)
                 if (found.config.metadata or {}).get(OWNER) == self._instance:
                     return found.num_pending or 0
-                old, self._name = self._name, self._generated()
-                self._lasting = False
-                logger.error(
-                    "two routers of %s are called %s (DYNWIRE_ROUTER_ID); this one is %s now",
-                    self._names.component, old, self._name,
-                )  # fmt: skip
-        info = await stream.js.add_consumer(
-            name,
-            api.ConsumerConfig(
-                name=self._name,
-                durable_name=self._name,
-                description=f"router on {socket.gethostname()}, process {os.getpid()}",
-                ack_policy=api.AckPolicy.ALL,
-                ack_wait=min(ACK_WAIT_S, self._config.events.router_ttl),
-                max_deliver=-1,
-                max_ack_pending=8 * WINDOW,
-                deliver_policy=api.DeliverPolicy.BY_START_SEQUENCE if self._applied else api.DeliverPolicy.ALL,
-                opt_start_seq=self._applied + 1 if self._applied else None,
-                replay_policy=api.ReplayPolicy.INSTANT,
-                inactive_threshold=self._config.events.router_ttl,
-                metadata={OWNER: self._instance},
-            ),
-        )
-        return info.num_pending or 0
+        while True:
+            pending = await stream.make_consumer(
+                api.ConsumerConfig(
+                    name=self._name,
+                    durable_name=self._name,
+                    description=f"router on {socket.gethostname()}, process {os.getpid()}",
+                    ack_policy=api.AckPolicy.ALL,
+                    ack_wait=min(ACK_WAIT_S, self._config.events.router_ttl),
+                    max_deliver=-1,
+                    max_ack_pending=8 * WINDOW,
+                    deliver_policy=api.DeliverPolicy.BY_START_SEQUENCE if self._applied else api.DeliverPolicy.ALL,
+                    opt_start_seq=self._applied + 1 if self._applied else None,
+                    replay_policy=api.ReplayPolicy.INSTANT,
+                    inactive_threshold=self._config.events.router_ttl,
+                    metadata={OWNER: self._instance},
+                )
+            )
+            if pending is not None:
+                return pending
+            old, self._name = self._name, self._generated()
+            self._lasting = False
+            logger.error(
+                "two routers of %s are called %s (DYNWIRE_ROUTER_ID); this one is %s now", self._names.component, old, self._name
+            )
 
     # events
 
@@ -603,7 +606,8 @@ class JetStreamReceiver(EventReceiver):
         if tender is not None:
             await ended(tender)
         await self._kept.close(self._leave if not self._lasting else None)
-        _used.discard((self._names.stream, self._name))
+        if self._taken is not None:
+            _used.discard(self._taken)
 
     async def _leave(self, connection: NatsConnection) -> None:
         """Nobody comes back under a generated name."""

@@ -26,7 +26,7 @@ from .base import STREAM_CHANNEL
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
-    from nats.js.api import ConsumerInfo, StreamConfig, StreamInfo
+    from nats.js.api import ConsumerConfig, ConsumerInfo, StreamConfig, StreamInfo
     from nats.js.object_store import ObjectStore
 
 logger = logging.getLogger("dynwire.event_plane")
@@ -42,6 +42,8 @@ clock"""
 PAGE = 256
 """consumers in one answer of JetStream"""
 POINTER = "snapshot"
+_CONSUMER_EXISTS = (10013, 10105, 10148)
+"""numbers of JetStream's errors: the name is in use, with a client that waits, with another configuration"""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,7 @@ class EventStream:
     def __init__(self, client: Client, config: Config, names: StreamNames) -> None:
         self.js = client.jetstream(timeout=API_TIMEOUT_S)
         self.names = names
+        self._client = client
         self._config = config
 
     async def ensure(self, *, worker: bool) -> StreamInfo:
@@ -174,6 +177,25 @@ class EventStream:
                 name="DYNWIRE_NATS_PREFIX", value=names.subject, allowed="a prefix of its own",
             )  # fmt: skip
         return error  # type: ignore[no-any-return]
+
+    async def make_consumer(self, config: ConsumerConfig) -> int | None:
+        """Make a consumer; how many messages wait for it. None if there is another one of this name.
+
+        nats-py's `add_consumer` would change that one to be ours.
+        """
+        from nats.js.errors import APIError
+
+        names = self.names
+        body = msgspec.json.encode({"stream_name": names.stream, "config": config.as_dict(), "action": "create"})
+        subject = f"$JS.API.CONSUMER.CREATE.{names.stream}.{config.name}"
+        answer = msgspec.json.decode((await self._client.request(subject, body, timeout=API_TIMEOUT_S)).data)
+        error = answer.get("error")
+        if error is None:
+            return int(answer.get("num_pending", 0))
+        if error.get("err_code") in _CONSUMER_EXISTS:
+            return None
+        APIError.from_error(error)  # raises
+        return None
 
     async def consumers(self) -> list[ConsumerInfo]:
         """All consumers, each a router's."""

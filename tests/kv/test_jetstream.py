@@ -27,7 +27,7 @@ from dynwire.kv_router import RadixTree
 from dynwire.kv_router.indexer import IndexSnapshot, KvIndexer
 from dynwire.kv_router.publisher import KvEventPublisher
 from dynwire.nats.connection import NatsConnection
-from dynwire.nats.server import NatsServer, find_binary
+from dynwire.nats.server import NatsCluster, NatsServer, find_binary
 
 from ..plane.faces import PATIENCE_S, eventually
 from .test_events import BLOCK_SIZE, equal, same, store
@@ -388,14 +388,17 @@ async def test_routers_of_one_name_do_not_share_events(lab: Lab) -> None:
         await eventually(lambda: same(first, worker) and same(second, worker))
 
 
-async def test_of_two_processes_with_one_name_the_first_takes_another(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_of_two_processes_with_one_name_one_takes_another(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
     rng = random.Random(6)
-    async with lab.worker(11) as worker, lab.router("r") as first:
+    async with lab.worker(11) as worker, lab.router("r") as first, lab.look() as look:
         jetstream._used.clear()  # as in another process
         async with lab.router("r") as second:
-            await eventually(lambda: receiver_of(first).name != "r" and first.connected)
+            await eventually(lambda: receiver_of(first).name != receiver_of(second).name and first.connected and second.connected)
+            assert set(await look.consumers()) == {receiver_of(first).name, receiver_of(second).name}
+            assert "two routers of demo.worker are called r (DYNWIRE_ROUTER_ID)" in caplog.text
             await publish(worker, 20, rng)
-            await eventually(lambda: same(first, worker) and same(second, worker))
+            await eventually(lambda: equal(first, worker) and equal(second, worker))
+            assert same(first, worker) and same(second, worker)
 
 
 async def test_reset_starts_with_nothing(lab: Lab) -> None:
@@ -580,6 +583,32 @@ async def test_a_stream_that_is_deleted_is_made_anew(lab: Lab) -> None:
         await eventually(lambda: equal(index, worker))
         assert same(index, worker)
         await _quiet(index)
+
+
+async def test_a_cluster_goes_on_without_a_member(nats_server: NatsServer, discovery_dir: Path) -> None:
+    rng = random.Random(19)
+    with NatsCluster(3, jetstream=True) as cluster:
+        lab = Lab(cluster.servers[0], discovery_dir)
+        lab.settings |= {"nats_servers": cluster.url, "events_replicas": 3}
+        async with lab.worker(11) as worker, lab.router("r1") as index, lab.look() as look:
+            await publish(worker, 150, rng)
+            await eventually(lambda: receiver_of(index).snapshots >= 1)
+            info = await look.js.stream_info(look.names.stream)
+            assert info.config.num_replicas == 3
+            assert info.cluster is not None
+            leader = next(server for server in cluster.servers if server.name == info.cluster.leader)
+            stop = asyncio.Event()
+            publishing = asyncio.create_task(busy(worker, rng, stop))
+            await asyncio.to_thread(leader.kill)
+            at = worker.index.last_id()
+            await eventually(lambda: index.connected and index.follower.position(11)[1] > at + 50)
+            stop.set()
+            await publishing
+            await eventually(lambda: equal(index, worker))
+            assert same(index, worker)
+            async with lab.router("r2") as again:
+                await eventually(lambda: equal(again, worker))
+                assert again._restored_size == BLOCK_SIZE, "the other two have the snapshot"
 
 
 async def test_a_slow_router_finds_and_repairs_its_gap(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

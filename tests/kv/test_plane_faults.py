@@ -19,10 +19,12 @@ from hypothesis import strategies as st
 
 import dynwire
 from dynwire.event_plane.base import EventSender
+from dynwire.event_plane.zmq import ZmqSender
 from dynwire.kv_router.indexer import KvIndexer
 from dynwire.kv_router.publisher import KvEventPublisher
 from dynwire.kv_router.router import KvRouterSettings
 from dynwire.nats.server import NatsServer, find_binary
+from dynwire.testing.proxy import FaultProxy
 from dynwire.wire.kv_events import KvCacheEvent, cleared, removed, stored
 
 from ..nats.conftest import crash, wiped
@@ -181,6 +183,54 @@ def server() -> Iterator[NatsServer]:
         pytest.skip(str(error))
     with NatsServer(jetstream=True, binary=binary, monitor=False) as found:
         yield found
+
+
+async def test_requests_go_on_while_a_zmq_connection_is_cut(discovery_dir: Path) -> None:
+    """The way of the events of one worker of two: what is lost meanwhile is found again."""
+    pytest.importorskip("zmq")
+    rng = random.Random(10)
+    common: dict[str, Any] = {"tcp_host": "127.0.0.1", "event_plane": "zmq"}
+    async with AsyncExitStack() as stack:
+        workers = []
+        proxies = []
+        for _ in range(2):
+            worker = Worker(await stack.enter_async_context(dynwire.AsyncNetworkManager(**common)))
+            worker.service = await worker.manager.endpoint(PATH).serve(worker.generate)
+            worker.id = worker.service.instance.id
+            worker.publisher = KvEventPublisher(worker.manager, "demo", "worker", worker.id, BLOCK_SIZE // 4)
+            sender = worker.publisher._sender
+            assert isinstance(sender, ZmqSender)
+            start = sender.start
+
+            async def behind_a_proxy(sender: ZmqSender = sender, start: Callable[[], Any] = start) -> None:
+                await start()
+                proxy = await stack.enter_async_context(FaultProxy(sender._address))
+                sender._address = proxy.address
+                proxies.append(proxy)
+
+            sender.start = behind_a_proxy  # type: ignore[method-assign]
+            await worker.publisher.start()
+            stack.push_async_callback(worker.publisher.close)
+            workers.append(worker)
+        publishers = [worker.publisher for worker in workers]
+        manager = await stack.enter_async_context(dynwire.AsyncNetworkManager(**common))
+        client: Any = await manager.endpoint(PATH).client(router="kv", kv_settings=KvRouterSettings(block_size=4, seed=1))
+        await client.wait_for_instances(2, 10)
+        index = client.kv.indexer
+        await eventually(lambda: len(index.workers) == 2)
+        for _ in range(20):
+            await ask(client, prompt(rng))
+        await eventually(lambda: equal(index, *publishers))
+        for kind in ("cut", "reset"):
+            connections = [proxy.accepted for proxy in proxies]
+            proxies[0].break_all(kind)
+            for _ in range(60):
+                assert (await ask(client, prompt(rng)))[-1]["finish_reason"] == "stop"
+            await eventually(lambda: proxies[0].accepted > connections[0])  # noqa: B023  # it is used at once
+            await eventually(lambda: equal(index, *publishers))
+            assert proxies[1].accepted == connections[1]
+        assert same(index, *publishers)
+        assert index.follower.stats.gaps >= 1
 
 
 @pytest.mark.parametrize("how", [crash, wiped], ids=["killed", "wiped"])
