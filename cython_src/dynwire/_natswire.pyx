@@ -528,6 +528,8 @@ cdef class NatsWire(Link):
         if stream.conn is not self:
             return 0
         stream.state |= S_ENDED
+        if error.sent == "yes":
+            stream.state |= S_ACCEPTED  # what came shows that the worker had the request
         self.put_cancel(stream, 2)
         self.free_slot(stream)
         return stream.on_lost(error)

@@ -377,6 +377,21 @@ async def test_requests_wait_for_the_server(server: NatsServer, discovery_dir: P
         assert await asyncio.gather(*waiting) == list(range(8))
 
 
+async def test_a_reply_above_the_callers_limit(server: NatsServer, discovery_dir: Path) -> None:
+    """Only the caller knows its limit; that the handler has run is certain."""
+
+    async def grow(request: Any) -> bytes:
+        return bytes(20_000)
+
+    async with manager(server, discovery_dir) as one, manager(server, discovery_dir, tcp_max_message_size=10_000) as small:
+        await served(one, grow)
+        client = await small.endpoint(PATH).client()
+        await client.wait_for_instances(1, timeout=WAIT_S)
+        with pytest.raises(dynwire.MessageTooLarge) as caught:
+            await client.call(b"", timeout=WAIT_S)
+        assert (caught.value.size, caught.value.limit, caught.value.sent) == (20_000, 10_000, "yes")
+
+
 async def test_a_worker_that_answers_nobody(server: NatsServer, discovery_dir: Path) -> None:
     """It is there, and silent: those who want to connect to it end in time, and leave nothing behind."""
     silent = Instance(1, "demo", "worker", "generate", "nats", "nats:dynwire.i.silent")
