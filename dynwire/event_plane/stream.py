@@ -115,8 +115,8 @@ _SETTINGS = {
 class EventStream:
     """The stream of one component over one connection."""
 
-    def __init__(self, client: Client, config: Config, names: StreamNames) -> None:
-        self.js = client.jetstream(timeout=API_TIMEOUT_S)
+    def __init__(self, client: Client, config: Config, names: StreamNames, timeout: float = API_TIMEOUT_S) -> None:
+        self.js = client.jetstream(timeout=timeout)
         self.names = names
         self._client = client
         self._config = config
