@@ -92,13 +92,17 @@ class _Kept:
             self._unlisten = connection.on_state(self._on_state)
             self._task = asyncio.create_task(self._keep(connection, ready), name="dynwire-jetstream-events")
 
-        await self._connected.start(connected)
-        if self._task is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._opened.wait()
-        if self._refused is not None:
-            raise self._refused
+        try:
+            await self._connected.start(connected)
+            if self._task is not None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait):
+                        await self._opened.wait()
+            if self._refused is not None:
+                raise self._refused
+        except BaseException:  # cancellation included
+            await self.close()
+            raise
 
     def _on_state(self, state: int, error: BaseException | None) -> None:
         self.open = False
@@ -124,8 +128,9 @@ class _Kept:
                 if isinstance(error, ConfigError) and not self._opened.is_set():
                     self._refused = error
                     self._opened.set()
+                text = str(error) or type(error).__name__
                 level = logging.DEBUG if said else logging.ERROR if isinstance(error, ConfigError) else logging.WARNING
-                logger.log(level, "%s waits for JetStream, and everything else goes on without it: %r", self._what, error)
+                logger.log(level, "%s waits for JetStream, and everything else goes on without it: %s", self._what, text)
                 said = True
                 await asyncio.sleep(pause)
                 pause, self.patience = min(2 * pause, MAX_PAUSE_S), min(2 * self.patience, API_TIMEOUT_S)
