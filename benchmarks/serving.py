@@ -73,7 +73,12 @@ PEERS: dict[str, Peer] = {
 
 @dataclasses.dataclass(frozen=True)
 class ServingRow(compare.Row):
-    """``items`` is the number of tokens per answer, ``size`` the number of words per prompt."""
+    """``items`` is the number of tokens per answer, ``size`` the number of words per prompt.
+
+    With a ``rate`` the requests come at random moments, so many per second, over at most ``concurrency`` connections.
+    """
+
+    rate: float = 0.0
 
     @property
     def name(self) -> str:
@@ -84,15 +89,19 @@ class ServingRow(compare.Row):
 
 
 def all_rows() -> list[ServingRow]:
-    def row(level: int, label: str, workload: str, kind: str, tokens: int, concurrency: int, words: int = 32) -> ServingRow:
+    def row(
+        level: int, label: str, workload: str, kind: str, tokens: int, concurrency: int, words: int = 32, rate: float = 0.0
+    ) -> ServingRow:
         where = ("stack", "free", "uvloop", "default")
-        return ServingRow(workload, kind, words, concurrency, ("dynwire", "dynamo"), level, label, *where, items=tokens)
+        who = ("dynwire", "dynamo")
+        return ServingRow(workload, kind, words, concurrency, who, level, label, *where, items=tokens, rate=rate)
 
     return [
         row(0, "unary-16-c32", "load", "unary", 16, 32),
         row(0, "unary-16-c128", "load", "unary", 16, 128),
         row(0, "stream-128-c32", "load", "stream", 128, 32),
         row(0, "stream-128-c128", "load", "stream", 128, 128),
+        row(0, "arrivals-128-r100", "load", "stream", 128, 64, rate=100.0),
         row(0, "stream-128-c1", "load", "stream", 128, 1),
         row(0, "ordinary-128-c1", "ordinary", "stream", 128, 1),
         row(1, "stream-128-c8", "load", "stream", 128, 8),
@@ -220,7 +229,7 @@ class Stack(compare.Pair):
 
     def load(self, row: ServingRow, seconds: float) -> dict[str, Any]:
         command = [str(self.bench.openload), str(self.port), str(self.bench.requests_file(row, self.port)), str(row.concurrency)]
-        command += [str(WARM_UP_S), str(seconds), str(row.items), "1", ",".join(map(str, self.pids))]
+        command += [str(row.rate), str(WARM_UP_S), str(seconds), str(row.items), "1", ",".join(map(str, self.pids))]
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds + 60)
         try:
             found: dict[str, Any] = json.loads(done.stdout)
@@ -303,6 +312,7 @@ METRICS = (
 
 class ServingBench(compare.Bench):
     peers = PEERS
+    caption = "dynwire's serving stack beside Dynamo's: generator, frontend and worker share all cores"
 
     def __init__(self, args: argparse.Namespace) -> None:
         super().__init__(args)
@@ -322,7 +332,7 @@ class ServingBench(compare.Bench):
         if compiler is None:
             raise SystemExit("the load generator needs a C compiler: install gcc, or name one with CC")
         built = subprocess.run(
-            [compiler, "-O2", "-o", str(self.openload), str(HERE / "peers" / "openload.c")], capture_output=True, text=True
+            [compiler, "-O2", "-o", str(self.openload), str(HERE / "peers" / "openload.c"), "-lm"], capture_output=True, text=True
         )
         if built.returncode:
             raise SystemExit(f"openload.c does not compile:\n{built.stderr}")
@@ -367,6 +377,7 @@ class ServingBench(compare.Bench):
             "prompt_words": row.size,
             "tokens": row.items,
             "concurrency": row.concurrency,
+            "arrivals_per_s": row.rate,
             "unit": row.unit(),
             "family": row.family,
             "contestants": contestants,
@@ -387,6 +398,8 @@ class ServingBench(compare.Bench):
 def about(row: dict[str, Any]) -> str:
     how = "streamed" if row["kind"] == "stream" else "in one piece"
     who = f"{row['concurrency']} at a time" if row["workload"] == "load" else "one after the other, by httpx"
+    if row["arrivals_per_s"]:
+        who = f"{row['arrivals_per_s']:g} per second at random moments, the same ones for both"
     return f"Chat answers of {row['tokens']} tokens, {how}, {who}; prompts of {row['prompt_words']} words."
 
 
@@ -433,10 +446,12 @@ def markdown(report: dict[str, Any], stem: str) -> str:
         "",
         "Frontend and worker process of each side, tcp plane, file discovery, one model, a simulated engine that takes no time",
         "of its own, so that every millisecond and every CPU second is the stack's. Generator, frontend and worker share all",
-        "cores, alike for both sides. The generator acknowledges at once (TCP_QUICKACK); ordinary clients do not, and one of them",
-        "is in the row `ordinary`. Late answers: those with a pause of more than 30 ms between two reads. CPU is that of frontend",
-        "and worker. Events: chunks of a streamed answer as the client sees them. Others: share of the machine that other",
-        "processes used meanwhile.",
+        "cores, alike for both sides. With so many answers at a time, the faster side is asked more often and both are",
+        "saturated: times to the first token say there how long requests queue. In the row `arrivals` both get the same",
+        "requests at the same moments, below what either can do. The generator acknowledges at once (TCP_QUICKACK); ordinary",
+        "clients do not, and one of them is in the row `ordinary`. Late answers: those with a pause of more than 30 ms between",
+        "two reads. CPU is that of frontend and worker. Events: chunks of a streamed answer as the client sees them. Others:",
+        "share of the machine that other processes used meanwhile.",
         "",
         *[f"- `{name}`: {peer.about}" for name, peer in PEERS.items() if any(name in r["contestants"] for r in report["rows"])],
         "",
@@ -460,7 +475,7 @@ CHARTS = [
     ("128 tokens streamed, 32 at a time", r"^stream-128-c32$", "rate", "tokens/s"),
     ("128 tokens streamed, 128 at a time", r"^stream-128-c128$", "rate", "tokens/s"),
     ("Time to first token, 32 at a time, p50", r"^stream-128-c32$", "ttft_p50_us", "µs (less is better)"),
-    ("Time to first token, alone, p50", r"^stream-128-c1$", "ttft_p50_us", "µs (less is better)"),
+    ("Time to first token, 100 arrivals/s, p50", r"^arrivals-128-r100$", "ttft_p50_us", "µs (less is better)"),
     ("CPU per 1,000 streamed tokens, 32 at a time", r"^stream-128-c32$", "cpu_s_per_1k", "s (less is better)"),
     ("CPU per 1,000 tokens in one piece", r"^unary-16-c32$", "cpu_s_per_1k", "s (less is better)"),
     ("Streamed answer, ordinary client, p50", r"^ordinary-128-c1$", "latency_p50_us", "µs (less is better)"),
@@ -476,6 +491,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args.seconds = args.seconds or (1.0 if args.short else 2.0)
     args.patience = args.patience if args.patience is not None else (0 if args.short else 2)
     args.budget = args.budget or (165.0 if args.short else 900.0)
+    args.dynamo = args.dynamo.absolute()  # its processes run in a directory of their own
     args.mode = "short" if args.short else "normal"
     partial = any([args.only, args.peers, args.without])
     args.output = args.output or HERE / "results" / f"serving-{'partial' if partial else args.mode}"

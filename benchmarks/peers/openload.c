@@ -1,9 +1,10 @@
 /* Load on an OpenAI-compatible server that costs the machine as little as possible: one thread, epoll, prepared requests.
  *
- *   openload PORT REQUESTS CONCURRENCY WARM_UP_S SECONDS TOKENS QUICKACK PID,PID,...
+ *   openload PORT REQUESTS CONCURRENCY RATE WARM_UP_S SECONDS TOKENS QUICKACK PID,PID,...
  *
  * REQUESTS is a file of whole HTTP/1.1 requests, each behind its length (u32, little endian); they are sent in turn over CONCURRENCY connections, each
- * with one request at a time. Answers that end within SECONDS after the warm-up count; the CPU time of the processes named by PID is taken between
+ * with one request at a time: with a RATE of 0 the next one as soon as an answer has ended, otherwise RATE per second at random moments (Poisson, the
+ * same ones in every run), and times count from these moments even if no connection was free. Answers that end within SECONDS after the warm-up count; the CPU time of the processes named by PID is taken between
  * the same two moments. Every answer is checked: status 200, usage with completion_tokens of TOKENS, and [DONE] at the end of a stream. Prints one JSON
  * object; an answer that is wrong ends the run with {"error": ...}.
  *
@@ -12,6 +13,7 @@
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <errno.h>
+#include <math.h>
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <stdarg.h>
@@ -51,8 +53,10 @@ struct request {
 static struct connection connections[MAX_CONNECTIONS];
 static struct request *requests;
 static size_t request_count, next_request;
-static int quickack, tokens_wanted, in_flight;
-static int64_t begin_ns, end_ns;
+static struct connection *idle[MAX_CONNECTIONS];
+static int quickack, tokens_wanted, in_flight, idle_count;
+static double rate;
+static int64_t begin_ns, end_ns, due_ns;
 static int64_t *ttft, *latency;
 static size_t done, room, events, reads, bytes;
 static char buffer[READ_BYTES];
@@ -75,14 +79,22 @@ static int64_t now_ns(clockid_t clock) {
     return (int64_t)t.tv_sec * 1000000000 + t.tv_nsec;
 }
 
-static void send_next(struct connection *c) {
+static double gap_s(void) {
+    static uint64_t state = 88172645463325252; /* xorshift64 */
+    state ^= state << 13;
+    state ^= state >> 7;
+    state ^= state << 17;
+    return -log(((double)(state >> 11) + 0.5) / 9007199254740992.0) / rate;
+}
+
+static void send_next(struct connection *c, int64_t due) {
     struct request *request = &requests[next_request];
     next_request = (next_request + 1) % request_count;
     c->state = HEAD;
     c->head_length = c->tail_length = c->line_length = c->last_newline = 0;
     c->status = c->streaming = c->chunked = 0;
     c->first = 0;
-    c->sent = now_ns(CLOCK_MONOTONIC);
+    c->sent = due;
     in_flight++;
     for (uint32_t at = 0; at < request->size;) { /* requests are smaller than a socket's buffer */
         ssize_t n = send(c->fd, request->data + at, request->size - at, MSG_NOSIGNAL);
@@ -153,7 +165,10 @@ static void finish(struct connection *c, int64_t now) {
         ttft[done] = (c->first ? c->first : now) - c->sent;
         latency[done++] = now - c->sent;
     }
-    if (now < end_ns) send_next(c);
+    if (rate > 0)
+        idle[idle_count++] = c;
+    else if (now < end_ns)
+        send_next(c, now_ns(CLOCK_MONOTONIC));
 }
 
 static void read_head(struct connection *c) {
@@ -254,15 +269,16 @@ static void load_requests(const char *path) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 9) fail("usage: openload PORT REQUESTS CONCURRENCY WARM_UP_S SECONDS TOKENS QUICKACK PIDS");
+    if (argc != 10) fail("usage: openload PORT REQUESTS CONCURRENCY RATE WARM_UP_S SECONDS TOKENS QUICKACK PIDS");
     int port = atoi(argv[1]), concurrency = atoi(argv[3]), epoll = epoll_create1(0), one = 1;
-    double warm_up = atof(argv[4]), seconds = atof(argv[5]);
-    tokens_wanted = atoi(argv[6]);
-    quickack = atoi(argv[7]);
+    double warm_up = atof(argv[5]), seconds = atof(argv[6]);
+    rate = atof(argv[4]);
+    tokens_wanted = atoi(argv[7]);
+    quickack = atoi(argv[8]);
     clockid_t clocks[MAX_PIDS];
     int64_t cpu[MAX_PIDS], own = 0;
     int pids = 0, measuring = 0;
-    for (char *at = strtok(argv[8], ","); at && pids < MAX_PIDS; at = strtok(NULL, ","))
+    for (char *at = strtok(argv[9], ","); at && pids < MAX_PIDS; at = strtok(NULL, ","))
         clocks[pids++] = (clockid_t)(~(unsigned)atoi(at) << 3 | 2); /* clock_getcpuclockid(3), without asking whether it exists */
     load_requests(argv[2]);
     if (concurrency < 1 || concurrency > MAX_CONNECTIONS) fail("a concurrency of %d", concurrency);
@@ -278,7 +294,13 @@ int main(int argc, char **argv) {
     int64_t start = now_ns(CLOCK_MONOTONIC), heard = start;
     begin_ns = start + (int64_t)(warm_up * 1e9);
     end_ns = begin_ns + (int64_t)(seconds * 1e9);
-    for (int i = 0; i < concurrency; i++) send_next(&connections[i]);
+    due_ns = start;
+    for (int i = 0; i < concurrency; i++) {
+        if (rate > 0)
+            idle[idle_count++] = &connections[i];
+        else
+            send_next(&connections[i], now_ns(CLOCK_MONOTONIC));
+    }
 
     size_t events_before = 0, reads_before = 0, bytes_before = 0;
     while (in_flight || measuring != 2) {
@@ -297,7 +319,16 @@ int main(int argc, char **argv) {
             for (int i = 0; i < pids; i++) cpu[i] = now_ns(clocks[i]) - cpu[i];
             measuring = 2;
         }
-        int count = epoll_wait(epoll, found, 256, 1);
+        int64_t wait = 1000000;
+        if (rate > 0 && now < end_ns) {
+            while (due_ns <= now && idle_count) {
+                send_next(idle[--idle_count], due_ns);
+                due_ns += (int64_t)(gap_s() * 1e9);
+            }
+            if (due_ns > now && due_ns - now < wait) wait = due_ns - now;
+        }
+        struct timespec timeout = {.tv_nsec = wait};
+        int count = epoll_pwait2(epoll, found, 256, &timeout, NULL);
         now = now_ns(CLOCK_MONOTONIC);
         if (!count && in_flight && now - heard > (int64_t)STUCK_S * 1000000000) fail("no byte for %d s, with %d requests in flight", STUCK_S, in_flight);
         for (int i = 0; i < count; i++) {

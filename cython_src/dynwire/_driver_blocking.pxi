@@ -822,8 +822,8 @@ cdef class BlockingSocketChannel(ChannelBase):
 cdef class BlockingItemStream:
     """Items of one streamed reply, for a blocking caller. One thread at a time may iterate; any thread may close.
 
-    ``again(error, context)`` is called, if it is set, when the request fails before its first item: it returns the stream of another
-    attempt, with which this one goes on, or raises.
+    ``again(error, context)`` is called, if it is set, when the request fails before its first item: it returns the stream of
+    another attempt, with which this one goes on, or raises.
     """
 
     cdef BlockingReader reader

@@ -211,6 +211,14 @@ cdef class NatsClientLink(NatsLink):
                     waiter.set_result(error)
         return 0
 
+    cdef int lost(self, object error) except -1:
+        cdef bint was_dead = self.dead
+        NatsLink.lost(self, error)
+        if not was_dead:
+            for peer in list(self.peers.values()):
+                self.on_peer(<NatsPeer>peer, error)  # whoever waits to hear from it
+        return 0
+
     @property
     def unsettled(self):
         """True when the connection has come back so lately that a worker's may still be on its way."""

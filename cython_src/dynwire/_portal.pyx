@@ -522,8 +522,8 @@ cdef class ThreadItems:
 
     One thread at a time may iterate; any thread may close. What the thread takes is what is refunded to the worker as credit.
 
-    ``again(error, context)`` is called, if it is set, when the request fails before its first item: it returns the stream of another
-    attempt, with which this one goes on, or raises.
+    ``again(error, context)`` is called, if it is set, when the request fails before its first item: it returns the stream of
+    another attempt, with which this one goes on, or raises.
     """
 
     cdef Feed feed

@@ -463,6 +463,8 @@ class QueueAdmin:
                 value=found.subjects,
                 allowed=wanted.subjects,
             )
+        if found.allow_msg_ttl:
+            wanted.allow_msg_ttl = True  # cannot be taken back, and the version of a server that was lost just now is not known
         other = differences(wanted, found, settings)
         if not worker or not other:
             return info

@@ -439,6 +439,35 @@ async def test_readers_that_do_not_read(managers: Managers) -> None:
             assert slow_consumers(server) == 0
 
 
+@pytest.mark.parametrize("face", ["async-uvloop"], indirect=True)
+async def test_slow_readers_of_many_clients_share_one_budget(managers: Managers) -> None:
+    """They share a connection, and what comes for all of them is bounded together: the NATS server throws nobody out."""
+    budget, number = 4 << 20, 8
+    with NatsServer(config="max_pending: 8388608") as server:
+        async with serving(server.url, Book()), managers(server.url, nats_credit_budget=budget) as manager:
+            (instance,) = await (await manager.client(PATH.format("blocks"))).wait_for_instances(1)
+            real: Any = manager.real
+            clients = [real.create_client() for _ in range(number)]
+            streams = []
+            for client in clients:
+                channel = client.channel(instance)
+                await channel.connect()
+                streams += [channel.stream((40, 50_000), PATIENCE_S) for _ in range(20)]
+            got = [[await anext(stream) for _ in range(3)] for stream in streams]
+            for _ in range(3):
+                time.sleep(0.2)  # noqa: ASYNC251  # nothing is read: all of it waits at the NATS server
+                await asyncio.sleep(0)
+                for items, stream in zip(got, streams, strict=True):
+                    items.append(await anext(stream))
+                granted = [client.stats()["granted"] for client in clients]
+                assert 0 < sum(granted) <= budget
+            for items, stream in zip(got, streams, strict=True):
+                items += [item async for item in stream]
+                assert [int.from_bytes(bytes(item)[:4]) for item in items] == list(range(40))
+            assert slow_consumers(server) == 0
+            assert sum(client.stats()["granted"] for client in clients) == 0
+
+
 class Blocks:
     """Reads numbered blocks until they end or are lost."""
 

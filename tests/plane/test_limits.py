@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -148,6 +149,43 @@ async def test_a_stream_that_is_refused_goes_to_another_instance(managers: Manag
             release.set()
             assert await held.next() == ["one", 1]
         assert len(ids) == 9
+
+
+@pytest.mark.faces("async")
+@pytest.mark.planes("tcp", "http", "nats")
+@pytest.mark.not_queued("a queue keeps what nobody serves")
+async def test_a_stream_that_is_being_opened_anew_may_be_cancelled_or_closed(managers: Managers) -> None:
+    """Whoever was cancelled may come again, and gets the first item; a stream that was closed gives none."""
+
+    async def numbers(request: int) -> AsyncIterator[int]:
+        for n in range(request):
+            yield n
+
+    async with managers() as worker, managers() as caller:
+        await worker.serve(PATH, numbers)
+        server: Any = worker.real.server()
+        client = await caller.client(PATH)
+        assert await client.items(2) == [0, 1]
+        entry = client.real._home.table.entries[0]
+        for ends in ("cancelled", "closed"):
+            handler = server.entries[PATH].handler
+            await server.remove_endpoint(PATH)  # its record is still there
+            await eventually(lambda: time.monotonic() >= entry.retry_at)
+            async with client.stream(2) as stream:
+                waiting = asyncio.create_task(stream.next())
+                await eventually(lambda stream=stream: stream.real._opening._failure is not None)
+                server.add_endpoint(PATH, handler)
+                if ends == "cancelled":
+                    waiting.cancel()
+                    with pytest.raises(asyncio.CancelledError):
+                        await waiting
+                    await eventually(lambda: time.monotonic() >= entry.retry_at)
+                    assert [item async for item in stream] == [0, 1]
+                else:
+                    stream.close()
+                    with pytest.raises(dynwire.DynwireError) as caught:
+                        await waiting
+                    assert isinstance(caught.value, (dynwire.Cancelled, dynwire.EndpointNotFound))
 
 
 async def test_blocking_handlers_do_not_hold_up_others(managers: Managers) -> None:
