@@ -24,7 +24,7 @@ from .._natsproto import UP, CallbackSink
 from ..config import Config
 from ..errors import ConfigError, DynwireError, MessageTooLarge
 from ..nats.pull import PullWindow, pull_request
-from ..nats.queue import ACK, JS_TEMPORARY, MAX_PAUSE_S, PAUSE_S, Delivery, parse_pub_ack
+from ..nats.queue import ACK, API_TIMEOUT_S, JS_TEMPORARY, MAX_PAUSE_S, PAUSE_S, Delivery, parse_pub_ack
 from .base import QUEUE_BATCHES, EventIndex, EventReceiver, EventSender
 from .nats import _Connected
 from .stream import OWNER, EventStream, SnapshotStore, StreamNames, ended, failures
@@ -55,6 +55,8 @@ TEND_PAUSE_S = 1.0
 PURGE_PART = 10
 """Between snapshots the stream is purged when this fraction of the threshold can go"""
 FAREWELL_S = 1.0
+FIRST_PATIENCE_S = 0.4
+"""A server that has just started loses questions to JetStream: the first is soon asked again, further ones after twice as long"""
 
 _STATUS = re.compile(rb"NATS/1\.0 (\d{3})")
 _PENDING = re.compile(rb"\r\nNats-Pending-Messages: *(\d{1,9})\r\n")
@@ -80,6 +82,8 @@ class _Kept:
         self._unlisten: Callable[[], None] | None = None
         self._subscription: PortSubscription | None = None
         self.open = False
+        self.patience = FIRST_PATIENCE_S
+        """for an answer of JetStream while it is being opened"""
 
     async def start(self, ready: Callable[[NatsConnection], Coroutine[Any, Any, None]], wait: float) -> None:
         """Begin; ``ready`` opens it. Returns when that has been done once, or takes too long. Raises `ConfigError`."""
@@ -88,13 +92,17 @@ class _Kept:
             self._unlisten = connection.on_state(self._on_state)
             self._task = asyncio.create_task(self._keep(connection, ready), name="dynwire-jetstream-events")
 
-        await self._connected.start(connected)
-        if self._task is not None:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(wait):
-                    await self._opened.wait()
-        if self._refused is not None:
-            raise self._refused
+        try:
+            await self._connected.start(connected)
+            if self._task is not None:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(wait):
+                        await self._opened.wait()
+            if self._refused is not None:
+                raise self._refused
+        except BaseException:  # cancellation included
+            await self.close()
+            raise
 
     def _on_state(self, state: int, error: BaseException | None) -> None:
         self.open = False
@@ -112,7 +120,7 @@ class _Kept:
                 self.open = not self._void.is_set()
                 if said:
                     logger.info("%s: events flow again", self._what)
-                pause, said = PAUSE_S, False
+                pause, said, self.patience = PAUSE_S, False, FIRST_PATIENCE_S
                 self._opened.set()
                 await self._void.wait()
                 self.open = False
@@ -120,11 +128,12 @@ class _Kept:
                 if isinstance(error, ConfigError) and not self._opened.is_set():
                     self._refused = error
                     self._opened.set()
+                text = str(error) or type(error).__name__
                 level = logging.DEBUG if said else logging.ERROR if isinstance(error, ConfigError) else logging.WARNING
-                logger.log(level, "%s waits for JetStream, and everything else goes on without it: %r", self._what, error)
+                logger.log(level, "%s waits for JetStream, and everything else goes on without it: %s", self._what, text)
                 said = True
                 await asyncio.sleep(pause)
-                pause = min(2 * pause, MAX_PAUSE_S)
+                pause, self.patience = min(2 * pause, MAX_PAUSE_S), min(2 * self.patience, API_TIMEOUT_S)
             await self.unsubscribe(connection)
 
     def void(self) -> None:
@@ -204,7 +213,7 @@ class JetStreamSender(EventSender):
         await self._kept.start(self._ready, 0.5)
 
     async def _ready(self, connection: NatsConnection) -> None:
-        await EventStream(connection.client, self._config, self._names).ensure(worker=True)
+        await EventStream(connection.client, self._config, self._names, self._kept.patience).ensure(worker=True)
         inbox = connection.client.new_inbox()
         await self._kept.subscribe(connection, f"{inbox}.*", CallbackSink(self._on_confirmed))
         self._inbox = f"{inbox}.".encode()
@@ -406,7 +415,7 @@ class JetStreamReceiver(EventReceiver):
     # opening
 
     async def _ready(self, connection: NatsConnection) -> None:
-        stream = EventStream(connection.client, self._config, self._names)
+        stream = EventStream(connection.client, self._config, self._names, self._kept.patience)
         info = await stream.ensure(worker=False)
         first = not self._begun
         if first:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..config import Config
-from ..errors import ConfigError, DynwireError
+from ..errors import ConfigError, ConnectError, DynwireError
 from ..nats.queue import API_TIMEOUT_S, JS_NO_SPACE, JS_NOT_ENABLED, JS_OVERLAP, JS_STREAM_IN_USE, differences, plain
 from .base import STREAM_CHANNEL
 
@@ -115,8 +115,8 @@ _SETTINGS = {
 class EventStream:
     """The stream of one component over one connection."""
 
-    def __init__(self, client: Client, config: Config, names: StreamNames) -> None:
-        self.js = client.jetstream(timeout=API_TIMEOUT_S)
+    def __init__(self, client: Client, config: Config, names: StreamNames, timeout: float = API_TIMEOUT_S) -> None:
+        self.js = client.jetstream(timeout=timeout)
         self.names = names
         self._client = client
         self._config = config
@@ -124,7 +124,8 @@ class EventStream:
     async def ensure(self, *, worker: bool) -> StreamInfo:
         """The stream, made if it is missing. A worker changes the limits of an existing one to its own, a router does not.
 
-        Raises `ConfigError` where JetStream is off, has no space, or another stream is in the way.
+        Raises `ConfigError` where JetStream is off for the account, has no space, or another stream is in the way, `ConnectError`
+        where it does not answer at all.
         """
         from nats.js.errors import APIError, NotFoundError
 
@@ -159,12 +160,16 @@ class EventStream:
 
     def _translated(self, error: Any) -> Exception:
         names, what = self.names, error.description or f"error {error.err_code}"
-        if error.err_code in JS_NOT_ENABLED or error.err_code is None:
+        off = (
+            "the NATS server has no JetStream for us, which DYN_EVENT_PLANE=jetstream needs: start nats-server with -js, or "
+            "enable it for the account, or choose another event plane"
+        )
+        if error.err_code is None:  # nobody answered: it is off, or is just starting
+            return ConnectError(off, phase="connect")
+        if error.err_code in JS_NOT_ENABLED:
             return ConfigError(
-                "the NATS server has no JetStream for us, which DYN_EVENT_PLANE=jetstream needs: start nats-server with -js, or "
-                "enable it for the account, or choose another event plane",
-                name="DYN_EVENT_PLANE", value="jetstream", allowed="nats, zmq, none, or a NATS server with JetStream",
-            )  # fmt: skip
+                off, name="DYN_EVENT_PLANE", value="jetstream", allowed="nats, zmq, none, or a NATS server with JetStream"
+            )
         if error.err_code in JS_NO_SPACE:
             return ConfigError(
                 f"the NATS server has no space for the events of {names.component} ({self._config.events.stream_max_bytes} bytes "

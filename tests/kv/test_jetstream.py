@@ -585,6 +585,46 @@ async def test_a_stream_that_is_deleted_is_made_anew(lab: Lab) -> None:
         await _quiet(index)
 
 
+async def test_without_jetstream_everything_else_goes_on(
+    lab: Lab, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers are asked for their trees, as on every plane."""
+    rng = random.Random(20)
+    with NatsServer(monitor=False) as plain:
+        lab.settings |= {"nats_servers": plain.url}
+        monkeypatch.setattr(jetstream, "OPEN_S", 0.5)
+        async with lab.worker(11) as worker:
+            store(worker, chain(rng, 5))
+            async with lab.router("r1") as index:
+                await eventually(lambda: equal(index, worker))
+                assert same(index, worker)
+                assert not index.connected
+    assert "the NATS server has no JetStream for us, which DYN_EVENT_PLANE=jetstream needs: start nats-server" in caplog.text
+
+
+async def test_another_stream_in_the_way_is_said(lab: Lab) -> None:
+    async with lab.look() as look:
+        await look.js.add_stream(name="theirs", subjects=[look.names.subject])
+        with pytest.raises(dynwire.ConfigError, match="another stream of the NATS server has the subject"):
+            async with lab.router("r1"):
+                pytest.fail("it has started")
+        with pytest.raises(dynwire.ConfigError, match="DYNWIRE_NATS_PREFIX"):
+            async with lab.worker(11):
+                pytest.fail("it has started")
+
+
+async def test_a_worker_sets_the_limits_of_its_stream(lab: Lab, caplog: pytest.LogCaptureFixture) -> None:
+    async with lab.look() as look:
+        async with lab.worker(11):
+            pass
+        lab.settings |= {"events_stream_max_age": 50.0}
+        async with lab.router("r1"):
+            assert (await look.js.stream_info(look.names.stream)).config.max_age == 86400
+        async with lab.worker(11):
+            assert (await look.js.stream_info(look.names.stream)).config.max_age == 50
+        assert "DYNWIRE_EVENTS_STREAM_MAX_AGE from 86400.0 to 50.0" in caplog.text
+
+
 async def test_a_cluster_goes_on_without_a_member(nats_server: NatsServer, discovery_dir: Path) -> None:
     rng = random.Random(19)
     with NatsCluster(3, jetstream=True) as cluster:
