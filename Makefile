@@ -24,7 +24,7 @@ export PIP_NO_INPUT := 1
 # with -j, several pip would install into the same environment at once
 .NOTPARALLEL:
 
-.PHONY: help build demo test test-vllm test-all test-asan fuzz lint format bench bench-short bench-http bench-nats clean
+.PHONY: help build demo test test-vllm test-all test-asan fuzz lint format bench bench-short bench-http bench-nats bench-serving clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/^([a-z-]+):.*## /\1\t/' | while IFS=$$'\t' read -r name text; do \
@@ -75,6 +75,16 @@ bench-nats: build $(VENV)/.stamp-extra-bench $(VENV)/.stamp-extra-nats $(VENV)/.
 
 bench-http: build $(VENV)/.stamp-extra-bench  ## the http plane beside other HTTP/2 servers and clients; ARGS=--short
 	$(BIN)/python benchmarks/compare_http.py $(ARGS)
+
+# an environment of its own, for what ai-dynamo brings along (400 MB)
+override DYNAMO_VENV := .venv-dynamo
+
+$(DYNAMO_VENV)/.stamp-dynamo: benchmarks/peers/dynamo_stack.sh
+	benchmarks/peers/dynamo_stack.sh $(DYNAMO_VENV) $(PYTHON)
+	@touch $@
+
+bench-serving: build $(foreach e,bench frontend mocker load,$(VENV)/.stamp-extra-$(e)) $(DYNAMO_VENV)/.stamp-dynamo  ## frontend and worker beside Dynamo's; ARGS=--short
+	$(BIN)/python benchmarks/serving.py --dynamo $(DYNAMO_VENV) $(ARGS)
 
 # --- checks -----------------------------------------------------------------------------------------------------------
 

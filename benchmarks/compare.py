@@ -582,6 +582,7 @@ class Bench:
     """The rows of this script; compare_http.py and compare_nats.py derive their own from it."""
 
     peers = PEERS
+    caption = "dynwire beside its peers: server and client processes on a core each unless named otherwise"
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -1038,11 +1039,7 @@ def chart(report: dict[str, Any], base: Path, charts: list[tuple[str, str, str, 
         for side in ("top", "right"):
             spot.spines[side].set_visible(False)
     env = report["environment"]
-    figure.suptitle(
-        f"dynwire beside its peers: server and client processes on a core each unless named otherwise, loopback, "
-        f"{env['cores']} cores, Python {env['python']}",
-        fontsize=10,
-    )
+    figure.suptitle(f"{report['caption']}, loopback, {env['cores']} cores, Python {env['python']}", fontsize=10)
     figure.tight_layout()
     figure.savefig(base.with_suffix(".png"), dpi=120)
     figure.savefig(base.with_suffix(".svg"), metadata={"Date": None})
@@ -1135,6 +1132,7 @@ def execute(
     report = {
         "environment": env,
         "mode": args.mode,
+        "caption": bench.caption,
         "rounds": args.rounds,
         "seconds": args.seconds,
         "took_s": time.monotonic() - started,

@@ -1,4 +1,4 @@
-"""The speed that issues #2, #3 and #4 promise, as data. The compare scripts measure both sides in one row of one run.
+"""The speed that issues #2 to #5 promise, as data. The compare scripts measure both sides in one row of one run.
 
 ``left`` and ``right`` are contestants of the row (``peer`` or ``peer:kind``), the measured value is ``metric(left) /
 metric(right)``, or the plain metric where ``right`` is empty. ``<=`` on times, CPU and memory, ``>=`` on rates.
@@ -133,8 +133,8 @@ HTTP_PROMISES: list[Promise] = [
 # The nats plane, compare_nats.py
 
 
-# The plane is promised with its compiled port. What is left of it where it has to fall back to nats-py's API is bounded too: it pays
-# for its credit and index per item in Python.
+# The plane is promised with its compiled port. What is left of it where it has to fall back to nats-py's API is bounded too: it
+# pays for its credit and index per item in Python.
 def _nats(text: str, row: str, plain: float, fast: float) -> list[Promise]:
     return [
         Promise(f"{text}, nats-py's API only", f"{row}/split", "rate", "dynwire-plain", ">=", plain, "nats-py"),
@@ -150,4 +150,27 @@ NATS_PROMISES: list[Promise] = [
     *_nats("stream, 8 at a time, nats-py by hand", "stream-64B-x8", 0.5, 0.9),
     *_nats("one item per tick, 64 streams, nats-py by hand", "tick-64B-x64", 0.5, 0.9),
     Promise("8 blocking threads, 8 tasks", "threads-64B-t8/split", "rate", "dynwire-sync", ">=", 0.7, "dynwire"),
+]
+
+
+# Frontend and worker, serving.py
+
+
+def _serving(row: str, rate: str) -> list[Promise]:
+    return [
+        Promise(f"{rate}, Dynamo", row, "rate", "dynwire", ">=", 1.5, "dynamo"),
+        Promise(f"{rate}, CPU per token, Dynamo", row, "cpu_s_per_1k", "dynwire", "<=", 0.7, "dynamo"),
+    ]
+
+
+SERVING_PROMISES: list[Promise] = [
+    *_serving("unary-16-c32", "16 tokens in one piece, 32 at a time"),
+    *_serving("unary-16-c128", "16 tokens in one piece, 128 at a time"),
+    *_serving("stream-128-c32", "streamed tokens, 32 at a time"),
+    *_serving("stream-128-c128", "streamed tokens, 128 at a time"),
+    Promise("added time to first token, 100 arrivals/s", "arrivals-128-r100", "ttft_p50_us", "dynwire", "<=", 0.5, "dynamo"),
+    Promise("added time to first token, 32 at a time, Dynamo", "stream-128-c32", "ttft_p50_us", "dynwire", "<=", 0.5, "dynamo"),
+    Promise("added time to first token, 128 at a time, Dynamo", "stream-128-c128", "ttft_p50_us", "dynwire", "<=", 0.5, "dynamo"),
+    # 5 %: a neighbour on the machine may hold up an answer as well
+    Promise("answers to an ordinary client that are late", "ordinary-128-c1", "late_share", "dynwire", "<=", 0.05),
 ]

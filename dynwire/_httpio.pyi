@@ -191,6 +191,7 @@ class BlockingSocketChannel(ChannelBase):
 
 @disjoint_base
 class BlockingItemStream:
+    again: Callable[[DynwireError, Context], BlockingItemStream] | None
     @property
     def context(self) -> Context: ...
     @property

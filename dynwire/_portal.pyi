@@ -7,6 +7,7 @@ from typing_extensions import disjoint_base
 
 from ._awaitable import ItemStream
 from ._context import Context
+from .errors import DynwireError
 
 _T = TypeVar("_T")
 
@@ -42,6 +43,7 @@ class Hub:
 
 @disjoint_base
 class ThreadItems:
+    again: Callable[[DynwireError, Context], ThreadItems] | None
     def __init__(self, hub: Hub, items: ItemStream, bridge: Any) -> None: ...
     @property
     def context(self) -> Context: ...

@@ -10,7 +10,7 @@ import contextlib
 import threading
 import time
 from asyncio import _get_running_loop
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Generator, Mapping
 from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 from ._awaitable import BlockingCaller
@@ -21,7 +21,7 @@ from .migration import Resume
 from .portal import check_may_block, where
 from .replies import AsyncReplyStream, ReplyStream, StreamRequest
 from .routing import Entry
-from .runtime import Route, attempts
+from .runtime import Route, Step, attempts
 from .types import Instance, Timeouts
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ class AsyncClient:
             request.first = route.after_turn(channel, error)
         return None  # _open goes on from here, with everything that belongs to it
 
-    async def _open(self, request: StreamRequest) -> tuple[Any, AsyncItemStream]:
+    async def _open(self, request: StreamRequest, *arguments: Any) -> tuple[Any, AsyncItemStream]:
         context = request.channel_context()
 
         async def send(channel: Any, timeouts: Timeouts | float | None) -> Any:
@@ -232,9 +232,16 @@ class AsyncClient:
         opened: list[Entry] = []
         first, request.first = request.first, None
         items = await _conduct(
-            route, request.timeout, request.moment, request.instance, send, first, frozenset(request.lost), opened.append
-        )
+            route, request.timeout, request.moment, request.instance, send, first, request, opened.append
+        )  # fmt: skip
         return opened[-1].channel, items
+
+    async def _reopen(
+        self, request: StreamRequest, channel: Any, error: DynwireError, context: Context, *arguments: Any
+    ) -> tuple[Any, AsyncItemStream]:
+        """Open a stream once more whose request failed before its first item. Raises ``error`` if that is the caller's."""
+        request.after(error, context, channel, self._routes.get(asyncio.get_running_loop()))
+        return await self._open(request, *arguments)
 
     def _report(self, channel: Any, error: DynwireError) -> None:
         route = self._home
@@ -348,6 +355,19 @@ def _in_loop(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) ->
             raise
 
 
+def _course(
+    route: Route,
+    timeout: Timeouts | float | None,
+    deadline: float | None,
+    instance: int | None,
+    first: tuple[Entry, DynwireError | None] | None,
+    stream: StreamRequest | None,
+) -> Generator[Step, Any, Any]:
+    if stream is None:
+        return attempts(route, timeout, deadline, instance, monotonic, first)
+    return attempts(route, timeout, deadline, instance, monotonic, first, frozenset(stream.lost), stream.course)
+
+
 async def _conduct(
     route: Route,
     timeout: Timeouts | float | None,
@@ -355,10 +375,10 @@ async def _conduct(
     instance: int | None,
     send: Callable[[Any, Timeouts | float | None], Coroutine[Any, Any, Any]],
     first: tuple[Entry, DynwireError | None] | None,
-    exclude: frozenset[int] = frozenset(),
+    stream: StreamRequest | None = None,
     opened: Callable[[Entry], object] | None = None,
 ) -> Any:
-    course = attempts(route, timeout, deadline, instance, monotonic, first, exclude)
+    course = _course(route, timeout, deadline, instance, first, stream)
     try:
         step = next(course)
         while True:
@@ -486,7 +506,7 @@ class Client(BlockingCaller):
             timeout = self._default_timeout
         return ReplyStream(self, StreamRequest(payload, timeout, reply_type, headers, context, instance, deadline))
 
-    def _open(self, request: StreamRequest) -> tuple[Any, ItemStream]:
+    def _open(self, request: StreamRequest, *arguments: Any) -> tuple[Any, ItemStream]:
         check_may_block()
         context = request.channel_context()
 
@@ -495,9 +515,15 @@ class Client(BlockingCaller):
 
         opened: list[Entry] = []
         items = _conduct_blocking(
-            self._route(), request.timeout, request.moment, request.instance, send, None, frozenset(request.lost), opened.append
-        )
+            self._route(), request.timeout, request.moment, request.instance, send, None, request, opened.append
+        )  # fmt: skip
         return opened[-1].channel, items
+
+    def _reopen(
+        self, request: StreamRequest, channel: Any, error: DynwireError, context: Context, *arguments: Any
+    ) -> tuple[Any, ItemStream]:
+        request.after(error, context, channel, self._home)
+        return self._open(request, *arguments)
 
     def _report(self, channel: Any, error: DynwireError) -> None:
         route = self._home
@@ -589,10 +615,10 @@ def _conduct_blocking(
     instance: int | None,
     send: Callable[[Any, Timeouts | float | None], Any],
     first: tuple[Entry, DynwireError | None] | None,
-    exclude: frozenset[int] = frozenset(),
+    stream: StreamRequest | None = None,
     opened: Callable[[Entry], object] | None = None,
 ) -> Any:
-    course = attempts(route, timeout, deadline, instance, monotonic, first, exclude)
+    course = _course(route, timeout, deadline, instance, first, stream)
     try:
         step = next(course)
         while True:

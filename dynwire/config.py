@@ -576,6 +576,45 @@ class EventsConfig(_Part):
         default_text="the bound address, or this host's if that is a wildcard",
     )
 
+    # The stream of the jetstream plane. JetStream counts in nanoseconds; its duplicate window is at least 100 ms.
+    stream_max_messages: int = setting(
+        4_000_000,
+        "DYNWIRE_EVENTS_STREAM_MAX_MESSAGES",
+        _count(1000, 2**40),
+        "jetstream: batches of events that a component's stream keeps, the oldest go first",
+    )
+    stream_max_bytes: int = setting(
+        1_073_741_824,
+        "DYNWIRE_EVENTS_STREAM_MAX_BYTES",
+        _bytes(65536, 2**50),
+        "jetstream: the same in bytes; the NATS server sets the space aside",
+        unit="bytes",
+    )
+    stream_max_age: float = setting(
+        86400.0,
+        "DYNWIRE_EVENTS_STREAM_MAX_AGE",
+        Number(float, 1.0, 365 * 86400.0, "seconds"),
+        "jetstream: events older than this go",
+        unit="s",
+    )
+    duplicate_window: float = setting(
+        120.0,
+        "DYNWIRE_EVENTS_DUPLICATE_WINDOW",
+        _seconds(0.1),
+        "jetstream: a batch that is sent again within this time is stored once",
+        unit="s",
+    )
+    replicas: int = setting(
+        1, "DYNWIRE_EVENTS_REPLICAS", _count(1, 5), "jetstream: servers of a NATS cluster that keep events and snapshots"
+    )
+    router_ttl: float = setting(
+        600.0,
+        "DYNWIRE_EVENTS_ROUTER_TTL",
+        _seconds(0.1),
+        "jetstream: a router that was not seen for so long keeps no events in the stream any more",
+        unit="s",
+    )
+
 
 @dataclass(frozen=True, repr=False)
 class DiscoveryConfig(_Part):
@@ -625,7 +664,25 @@ class RouterConfig(_Part):
     )
     temperature: float = setting(0.0, "DYN_ROUTER_TEMPERATURE", Number(float, 0, 1e6), "kv: 0 takes the best worker")
     replica_sync: bool = setting(False, "DYN_ROUTER_REPLICA_SYNC", Flag(), "kv: share the active load between routers")
-    reset_states: bool = setting(False, "DYN_ROUTER_RESET_STATES", Flag(), "kv: start without a snapshot")
+    reset_states: bool = setting(
+        False,
+        "DYN_ROUTER_RESET_STATES",
+        Flag(),
+        "kv, events over jetstream: start without stored events and snapshot, delete them",
+    )
+    snapshot_threshold: int = setting(
+        1_000_000,
+        "DYN_ROUTER_SNAPSHOT_THRESHOLD",
+        _count(1, 2**40),
+        "kv, events over jetstream: messages in the stream after which a router stores its index and purges them",
+    )
+    id: str | None = setting(
+        None,
+        "DYNWIRE_ROUTER_ID",
+        Optional_(Text("1 to 64 letters, digits, '_' and '-'", r"[A-Za-z0-9_-]{1,64}"), "auto"),
+        "kv, events over jetstream: name under which the server keeps this router's place in the events",
+        default_text="a new one for every process",
+    )
     kv_cache_block_size: int | None = setting(
         None,
         "DYN_KV_CACHE_BLOCK_SIZE",

@@ -415,14 +415,17 @@ def attempts(
     clock: Callable[[], float],
     first: tuple[Entry, DynwireError | None] | None = None,
     exclude: frozenset[int] = frozenset(),
+    course: Attempts | None = None,
 ) -> Generator[Step, Any, Any]:
     """The course of a call: which instance to try, how long to pause, when to give up. Both faces drive this generator.
 
     Yields ``(entry, timeouts)`` to be tried, whose result is sent in or whose `DynwireError` is thrown in, or seconds to sleep.
     Returns the first result. ``first`` is a choice that was made before, with the error of its attempt or None if it was not
     tried: a router's choice counts only once. ``exclude`` names instances that are left out as long as there are others.
+    ``course`` is what came before, of a stream that is opened anew.
     """
-    course = Attempts(deadline)
+    if course is None:
+        course = Attempts(deadline)
     chosen: Entry | None = None
     if first is not None:
         chosen, error = first

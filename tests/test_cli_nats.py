@@ -254,6 +254,10 @@ def test_doctor_with_a_large_payload_and_without_jetstream(nats_server: NatsServ
         assert found["nats jetstream"][0] == "fail"
         assert "-js" in found["nats jetstream"][2]
         assert found["discovery"][0] == "fail"
+        code, found = commands.doctor(NATS_SERVER=server.url, DYN_EVENT_PLANE="jetstream")
+        assert code == 1
+        assert found["nats jetstream"][0] == "fail"
+        assert "needed for KV events (DYN_EVENT_PLANE=jetstream)" in found["nats jetstream"][1]
 
 
 def test_doctor_without_the_server(commands: Commands) -> None:

@@ -80,6 +80,7 @@ cdef class ItemReader(Waiter):
 
 cdef class ItemStream:
     cdef readonly ItemReader reader
+    cdef public object again         # what gets the first item, while the request may be tried elsewhere; None: nobody
     cdef unsigned long thread
 
 cdef ItemStream make_item_stream(ItemReader reader)

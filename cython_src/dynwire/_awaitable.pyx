@@ -874,6 +874,9 @@ cdef class ItemStream:
     """Items of one streamed reply: what the caller holds. Dropping it kills the handler, as ``close()`` does.
 
     ``__anext__`` hands out the reader itself, so an item that has arrived costs no further object.
+
+    ``again(stream)`` is awaited for the first item in its place, if it is set and the item has not arrived: it may `take_over`
+    the stream of another attempt. It must not refer to this object, which is closed when the last reference to it goes.
     """
 
     def __init__(self):
@@ -897,7 +900,21 @@ cdef class ItemStream:
         return self
 
     def __anext__(self):
-        return self.reader
+        cdef ItemReader reader = self.reader
+        if self.again is None:
+            return reader
+        if reader.delivered or reader.head < len(reader.items):
+            self.again = None
+            return reader
+        return self.again(self)
+
+    def take_over(self, ItemStream other not None):
+        """Go on as ``other``, which is of no use afterwards. If this was closed, so is that."""
+        cdef ItemReader reader = self.reader
+        self.reader = other.reader
+        other.reader = None
+        if reader.closed:
+            self.reader.close()
 
     def close(self):
         """Give up: kills the handler if it still runs, drops queued items. May be called twice."""
@@ -961,7 +978,7 @@ cdef class HandlerTask(StreamBase):
         context._connection_id = conn.connection_id
         context._seq = self.seq
         # Runs that the caller began anew, and deliveries of the last of them.
-        context.delivery_count = (self.attempt >> 10) + (self.attempt & 1023) if self.attempt else 1
+        context.delivery_count = self.deliveries or 1
         self.context = context
         entry.in_flight += 1
         entry.started += 1
@@ -1376,6 +1393,7 @@ cdef class HandlerTask(StreamBase):
         self.under = None
         self.reply_kind_ = 0
         self.attempt = 0
+        self.deliveries = 0
         self.state = 0
         self.refund = 0
         self.timer = INFINITY

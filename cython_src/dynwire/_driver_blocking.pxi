@@ -820,11 +820,17 @@ cdef class BlockingSocketChannel(ChannelBase):
 
 
 cdef class BlockingItemStream:
-    """Items of one streamed reply, for a blocking caller. One thread at a time may iterate; any thread may close."""
+    """Items of one streamed reply, for a blocking caller. One thread at a time may iterate; any thread may close.
+
+    ``again(error, context)`` is called, if it is set, when the request fails before its first item: it returns the stream of
+    another attempt, with which this one goes on, or raises.
+    """
 
     cdef BlockingReader reader
     cdef BlockingConnection conn
     cdef BlockingPool pool
+    cdef public object again
+    cdef bint closed
 
     def __init__(self):
         raise TypeError("made by a channel only")
@@ -851,7 +857,11 @@ cdef class BlockingItemStream:
                 if reader.value is not None:
                     error = reader.value
                     reader.value = None
-                    raise error
+                    if self.again is None or reader.delivered or self.closed:
+                        raise error
+                    self.take_over(self.again(error, reader.context))
+                    reader, conn = self.reader, self.conn
+                    continue
                 raise StopIteration
             reader.await_item()
             try:
@@ -868,6 +878,13 @@ cdef class BlockingItemStream:
         Py_DECREF(item)
         return item
 
+    cdef int take_over(self, BlockingItemStream other) except -1:
+        self.reader, self.conn, self.pool = other.reader, other.conn, other.pool
+        other.reader = other.conn = None
+        if self.closed:  # by another thread, meanwhile
+            self.close()
+        return 0
+
     cdef int end(self) except -1:
         cdef BlockingConnection conn = self.conn
         self.conn = None
@@ -879,6 +896,7 @@ cdef class BlockingItemStream:
 
     def close(self):
         """Give up: kills the handler if it still runs, drops queued items. May be called twice."""
+        self.closed = True
         self.reader.close()
         self.end()
 

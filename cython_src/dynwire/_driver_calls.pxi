@@ -170,6 +170,14 @@ cdef Context inheriting_context():
     return context
 
 
+cdef int keep_id(Context context) except -1:
+    """A context that was sent before, with a request that nobody took: it keeps the id that its owner may have seen."""
+    if context is not None and context._connection_id is not None:
+        context._id = context.id
+        context._connection_id = None
+    return 0
+
+
 cdef int name_request(Link conn, Waiter call) except -1:
     """Let the request's context know its id, which connection and sequence number make."""
     if call.context is not None and call.context._connection_id is None:

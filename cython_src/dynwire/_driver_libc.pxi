@@ -210,7 +210,7 @@ cdef object _pack_headers = msgspec.msgpack.Encoder().encode
 cdef bytes make_meta(Context context, dict headers):
     """Metadata of a request: headers, and the id if the caller chose one."""
     out = dict(headers) if headers else {}
-    if context is not None and context._id is not None and context._connection_id is None:
+    if context is not None and context._id is not None:
         out["x-request-id"] = context._id
     if not out:
         return None
@@ -227,6 +227,7 @@ cdef bytes request_meta(Context context):
     """Headers and id that travel with a request: those of its own context, or the trace of the surrounding request."""
     cdef Context parent
     if context is not None:
+        keep_id(context)
         return make_meta(context, context.headers)
     parent = current_context()
     if parent is None or parent._headers is None:

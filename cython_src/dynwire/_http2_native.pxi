@@ -177,8 +177,8 @@ cdef class NativeEngine(Http2Engine):
         cdef size_t avail = self.rend - self.rpos
         cdef int situation
         cdef Http2Stream s
-        if not self.ready and (type != T_SETTINGS or flags & F_ACK):
-            # RFC 9113 3.4: the first frame of either side
+        if not self.ready and (type != T_SETTINGS or (flags & F_ACK and not length)):
+            # RFC 9113 3.4: the first frame of either side. 6.5 has a code for an acknowledgement with a payload: below
             if self.is_client and memcmp(p, "HTTP/1.", 7) == 0:
                 self.fail(E_PROTOCOL, "the peer spoke HTTP/1.1, expected HTTP/2")
             self.fail(E_PROTOCOL, "the first frame was not SETTINGS")

@@ -21,6 +21,7 @@ cdef class HttpServerConnection(AsyncServerConnection):
     """The serving side. ``server`` as for the tcp plane, and ``routes``, which its connections share."""
 
     cdef double linger_at   # when a connection that is closing is closed whether its peer has done so or not
+    cdef bint parting       # told with GOAWAY why, and the peer shall be able to read it: see `dynwire.planes.http.parting`
     cdef double blocked_at  # when the socket last took something, or refused to
 
     def __init__(self, loop, sock, peer, server, base_context, **options):
@@ -94,7 +95,14 @@ cdef class HttpServerConnection(AsyncServerConnection):
             head = b"HTTP/1.1 400 Bad Request\r\ncontent-type: text/plain\r\nconnection: close\r\n"
             answer = b"%scontent-length: %d\r\n\r\n%s" % (head, len(body), body)
             c_send(self.fd, <const char *>answer, len(answer), MSG_DONTWAIT | MSG_NOSIGNAL)
+        self.parting = self.engine is not None
         return AsyncConnection.protocol_failure(self, error)
+
+    cdef int close_socket(self) except -1:
+        if self.parting and not self.has_output() and not (self.tls is not None and self.tls.waiting()):
+            self.server.parting.add(self.loop, self.sock)
+            return 0
+        return AsyncConnection.close_socket(self)
 
     def find_request(self, str request_id):
         """Ask the handler of the request with this id to finish early; returns whether there is one here."""

@@ -34,6 +34,8 @@ cdef class Exchange:
     # reply
     cdef bint begun
     cdef bint ended
+    cdef bint lingers              # (server) answered in full, but the client has not ended the request: see `linger`
+    cdef size_t dropped            # bytes of it that came since then
     cdef object encoder
     # reply (client)
     cdef int status
@@ -78,6 +80,7 @@ cdef class HttpWire(Link):
     cdef public dict fixed         # path -> (header list, body): pages that are the same for everybody
     cdef bytes id_prefix
     cdef public dict routes        # path -> endpoint, of usual requests; servers share one among their connections
+    cdef list lingering            # exchanges, the oldest first
     # client
     cdef dict prefixes             # endpoint -> constant header fields
     cdef tuple patience            # header field
@@ -115,6 +118,8 @@ cdef class HttpWire(Link):
     cdef object body_of_piece(self, const unsigned char *p, size_t n, int kind)
     cdef int answer_fault(self, Exchange ex, object fault) except -1
     cdef int put_fault(self, Exchange ex, object error) except -1
+    cdef bint linger(self, Exchange ex) except -1
+    cdef int stop_lingering(self, Exchange ex) except -1
     cdef int end_upload(self, Exchange ex) except -1
     cdef int give_back_early(self, Exchange ex) except -1
     cdef int switch_to_h2(self) except -1

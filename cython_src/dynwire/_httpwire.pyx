@@ -28,7 +28,7 @@ import msgspec
 from ._buffers cimport default_pool, payload_copy, payload_of_block
 from ._bytes cimport dw_buf_free, dw_buf_reserve, dw_ld32be, dw_st32be
 from ._hpack cimport hpack_intern
-from ._http2 cimport K_INFORMATIONAL, K_TRAILERS, ST_CLOSED, ST_HALF_REMOTE
+from ._http2 cimport K_INFORMATIONAL, K_TRAILERS, ST_CLOSED, ST_HALF_LOCAL, ST_HALF_REMOTE
 from ._link cimport (
     S_ACCEPTED,
     S_ASSEMBLING,
@@ -89,6 +89,8 @@ cdef enum:
     H1_BACKLOG = 262144
     SCRATCH_KEPT = 32768         # bytes of the buffer for encoding that a connection keeps
     CACHED_NAMES = 4096          # paths and types that are remembered; a client may invent any number
+    LINGERING = 8                # requests of a connection that are answered and may still end by themselves
+    LINGER_BYTES = 65536         # of their bodies that are dropped before the client is told that the rest is not wanted
 
 cdef dict _SHAPES = {"items": SH_ITEMS, "json": SH_JSON, "ndjson": SH_NDJSON, "sse": SH_SSE, "msgpack": SH_MSGPACK, "raw": SH_RAW,
                      "auto": SH_AUTO}  # fmt: skip
@@ -396,6 +398,8 @@ cdef class HttpWire(Link):
         if head[0:1] == b"\0" and (len(head) < 4 or head[3] in (4, 7)) and not head[5:9].strip(b"\0"):
             return 0
         theirs = "the dynwire tcp plane" if b"dynwire tcp plane" in head else describe_foreign(head[:64])
+        if theirs == "HTTP/2":  # no other plane but wrong frames: the engine says what is wrong, to the server by GOAWAY
+            return 0
         raise PlaneMismatch(
             f"{self.peer} speaks {theirs}, but this is the dynwire http plane, which needs HTTP/2 there: the worker is on "
             "another plane (check DYN_REQUEST_PLANE on both sides), or a proxy before it does not speak HTTP/2 without TLS",
@@ -559,6 +563,10 @@ cdef class HttpWire(Link):
             self.measure(n)
         if ex is None or ex.ended:
             self.engine.consumed(h2, n)
+            if ex is not None and ex.lingers and not end:
+                ex.dropped += n
+                if ex.dropped > LINGER_BYTES:
+                    return self.stop_lingering(ex)
             return 0
         if not self.is_client:
             self.engine.consumed(h2, n)
@@ -624,9 +632,11 @@ cdef class HttpWire(Link):
     cdef int h2_closed(self, Http2Stream h2) except -1:
         cdef Exchange ex = h2.data
         cdef StreamBase stream
-        if self.is_client:
+        if self.is_client or ex is None:
             return 0
-        if ex is None or ex.stream is None:
+        if ex.lingers:
+            return self.stop_lingering(ex)
+        if ex.stream is None:
             return 0
         stream = ex.stream
         if stream.state & S_SENDING:
@@ -1066,6 +1076,8 @@ cdef class HttpWire(Link):
             if ex.h2.state != ST_CLOSED and ex.h2.state != ST_HALF_REMOTE and ex.ended and not ex.h2.queued:
                 # The rest of the request is not wanted (RFC 9113 8.1). It is taken and dropped where the reply itself still
                 # waits for the window: a reset would cut it.
+                if self.linger(ex):
+                    return 0
                 self.engine.reset(ex.h2, NO_ERROR)
             self.engine.release(ex.h2)
         elif ex is self.h1_exchange:
@@ -1080,6 +1092,33 @@ cdef class HttpWire(Link):
                 except ProtocolError as error:
                     self.broken(error)
         return 0
+
+    cdef bint linger(self, Exchange ex) except -1:
+        """Leave the stream open for the rest of a request that was answered before its end; False if it cannot stay.
+
+        RFC 9113 8.1 lets a server reset it at once with NO_ERROR, but then what comes next is dropped unseen, faulty or not. Most
+        refused requests have a short body right behind their head: they may end by themselves, and are checked until then. The
+        stream counts as open for so long, so few may stay, and of a low limit none.
+        """
+        if ex.h2.state != ST_HALF_LOCAL:
+            return False
+        most = min(LINGERING, self.max_streams // 8)
+        if most == 0:
+            return False
+        if self.lingering is None:
+            self.lingering = []
+        elif len(self.lingering) >= most:
+            self.stop_lingering(<Exchange>self.lingering[0])
+        ex.lingers = True
+        self.lingering.append(ex)
+        return True
+
+    cdef int stop_lingering(self, Exchange ex) except -1:
+        """The request has ended, or the client sends too much of it."""
+        ex.lingers = False
+        self.lingering.remove(ex)
+        self.engine.reset(ex.h2, NO_ERROR)  # nothing where the stream is closed
+        return self.engine.release(ex.h2)
 
     cdef bint may_send(self, StreamBase stream) except -1:
         cdef Exchange ex = stream.under
@@ -1695,6 +1734,7 @@ cdef class HttpWire(Link):
                 ex.stream = None
                 ex.ended = True
                 ex.block = None  # of an item or a request that has not arrived completely
+        self.lingering = None
         if self.events is not None:
             self.events.wire = None  # the engine says nothing more, and nothing keeps the connection alive
         return out

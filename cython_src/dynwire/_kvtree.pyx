@@ -8,12 +8,14 @@ engine's own block ids to nodes, because events name blocks by those.
 Memory per block: 48 bytes for the node, 10 to 20 in the table (open addressing, at most 4/5 full, doubled), and 20 to 30 in the
 holder's (grown by half): 78 to 98 for a block that one worker has, 20 to 30 for each further worker that has it.
 
-Threads: one at a time, in the sense of the GIL; no method releases it.
+Threads: one at a time, in the sense of the GIL. `snapshot` alone releases it: meanwhile others may ask, and what would change
+the tree raises `RuntimeError`.
 """
 
 import secrets
 
 cimport cython
+from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize
 from cpython.long cimport PyLong_AsUnsignedLongLong
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
@@ -59,6 +61,7 @@ cdef enum:
     AHEAD_NODE = 8                   # and whose node is
     EVICT_AT_ONCE = 64
     SNAPSHOT_VERSION = 1
+    LET_OTHERS = 2048  # blocks that `restore` makes before it offers the GIL to others: 2 ms
 
 cdef struct Node:
     uint64_t tokens_hash
@@ -156,6 +159,7 @@ cdef class RadixTree:
     cdef size_t words_bytes
     cdef Parsed parsed               # the event that is being applied; its arrays are used again
     cdef uint32_t hand
+    cdef uint32_t readers            # threads that read the tree without the GIL
     cdef readonly size_t budget_bytes
     cdef readonly uint64_t evicted
     cdef readonly uint64_t entries   # (block, holder) pairs
@@ -191,6 +195,12 @@ cdef class RadixTree:
         free(self.parsed.blocks)
         free(self.parsed.tokens)
         free(self.parsed.keys)
+
+    cdef inline int changing(self) except -1:
+        """Before every change."""
+        if self.readers:
+            raise RuntimeError("a snapshot of this tree is being taken in another thread: change it when that is complete")
+        return 0
 
     # ---- nodes -------------------------------------------------------------------------------------------------------------
 
@@ -695,6 +705,7 @@ cdef class RadixTree:
         cdef int64_t number
         cdef uint32_t where = 0
         cdef Py_ssize_t n = 0, m = 0
+        self.changing()
         cdef uint64_t *blocks = hashes_of(block_hashes, &n)
         cdef uint64_t *tokens = NULL
         try:
@@ -717,6 +728,7 @@ cdef class RadixTree:
 
     def remove(self, worker_id, dp_rank, block_hashes):
         """A worker has evicted the blocks with these ids of its own. Returns how many were known."""
+        self.changing()
         cdef int64_t number = self.number_of(worker_id, dp_rank, False)
         cdef Py_ssize_t n = 0, i, known = 0
         cdef uint64_t *blocks
@@ -797,6 +809,7 @@ cdef class RadixTree:
 
     cdef object apply_parsed(self, uint64_t worker_id):
         cdef Parsed *parsed = &self.parsed
+        self.changing()
         cdef int64_t number = self.number_of(worker_id, parsed.dp_rank, parsed.kind == IS_STORED)
         cdef uint32_t where = 0
         cdef Entry *entry
@@ -820,6 +833,7 @@ cdef class RadixTree:
 
     def remove_worker(self, worker_id, dp_rank=None):
         """Forget a worker, all its ranks or one."""
+        self.changing()
         for key in [k for k in self.numbers if k[0] == worker_id and (dp_rank is None or k[1] == dp_rank)]:
             number = self.numbers.pop(key)
             self.empty_holder(<uint32_t>number)
@@ -828,6 +842,7 @@ cdef class RadixTree:
 
     def clear_all_blocks(self, worker_id):
         """Forget the blocks of a worker, of all its ranks; it stays known."""
+        self.changing()
         for key, number in self.numbers.items():
             if key[0] == worker_id:
                 self.empty_holder(<uint32_t>number)
@@ -954,18 +969,20 @@ cdef class RadixTree:
 
     # ---- dump, snapshot --------------------------------------------------------------------------------------------------------
 
-    cdef uint32_t *ordered(self, uint32_t **order) except NULL:
+    cdef uint32_t *ordered(self, uint32_t **order) except NULL nogil:
         """Numbers for all nodes, parents before children: number per node (1 is the root), and node per number in ``order``."""
         cdef uint32_t *number = <uint32_t *>calloc(self.next_node, 4)
         cdef uint32_t *out = <uint32_t *>calloc(self.nodes + 2, 4)
         cdef uint32_t *path = <uint32_t *>malloc((self.nodes + 2) * 4)
         cdef uint32_t i, at, given = ROOT, deep
+        cdef size_t slot
         cdef Node *node
         if number is NULL or out is NULL or path is NULL:
             free(number)
             free(out)
             free(path)
-            raise MemoryError()
+            with gil:
+                raise MemoryError()
         number[ROOT] = ROOT
         out[ROOT] = ROOT
         for slot in range(self.table_size):
@@ -1048,54 +1065,71 @@ cdef class RadixTree:
             free(order)
 
     def snapshot(self):
-        """The whole tree as bytes, for `restore`; about 12 bytes per block and 12 per (block, worker)."""
+        """The whole tree as bytes, for `restore`; about 12 bytes per block and 12 per (block, worker).
+
+        Runs without the GIL: other threads may ask meanwhile; what would change the tree raises `RuntimeError`.
+        """
         cdef uint32_t *order = NULL
-        cdef uint32_t *number = self.ordered(&order)
-        cdef uint32_t i, n = self.nodes, holder_number, live
+        cdef uint32_t *number = NULL
+        cdef uint32_t i, n = self.nodes, live
+        cdef uint32_t given, reading = 0, count = <uint32_t>len(self.numbers)
+        cdef size_t size = 16 + <size_t>n * 12
         cdef Holder *holder
-        cdef size_t size
         cdef unsigned char *p
-        cdef uint64_t worker, rank
+        cdef uint64_t *ranks = <uint64_t *>malloc(<size_t>(count or 1) * 16)
+        cdef uint32_t *holders = <uint32_t *>malloc(<size_t>(count or 1) * 4)
         try:
-            size = 16 + <size_t>n * 12
-            for holder_number in self.numbers.values():
-                holder = &self.holders[holder_number]
+            if ranks is NULL or holders is NULL:
+                raise MemoryError()
+            given = 0
+            for key, number_of_holder in self.numbers.items():
+                ranks[2 * given] = key[0]
+                ranks[2 * given + 1] = key[1]
+                holders[given] = number_of_holder
+                holder = &self.holders[holders[given]]
                 size += 20 + <size_t>(holder.used - holder.stale) * 12
-            out = bytearray(size)
-            p = out
-            memcpy(p, b"DWKV", 4)
-            i = SNAPSHOT_VERSION
-            memcpy(p + 4, &i, 4)
-            memcpy(p + 8, &n, 4)
-            i = <uint32_t>len(self.numbers)
-            memcpy(p + 12, &i, 4)
-            p += 16
-            for i in range(ROOT + 1, ROOT + 1 + n):
-                memcpy(p, &self.node(order[i]).tokens_hash, 8)
-                memcpy(p + 8, &number[self.node(order[i]).parent], 4)
-                p += 12
-            for key, holder_number in self.numbers.items():
-                holder = &self.holders[holder_number]
-                worker = key[0]
-                rank = key[1]
-                live = holder.used - holder.stale
-                memcpy(p, &worker, 8)
-                memcpy(p + 8, &rank, 8)
-                memcpy(p + 16, &live, 4)
-                p += 20
-                for i in range(holder.size):
-                    if holder.entries[i].node and not self.is_stale(&holder.entries[i]):
-                        memcpy(p, &holder.entries[i].block, 8)
-                        memcpy(p + 8, &number[holder.entries[i].node], 4)
-                        p += 12
-            return bytes(out)
+                given += 1
+            out = PyBytes_FromStringAndSize(NULL, <Py_ssize_t>size)
+            p = <unsigned char *>PyBytes_AS_STRING(out)
+            reading = 1
+            self.readers += 1
+            with nogil:
+                number = self.ordered(&order)
+                memcpy(p, b"DWKV", 4)
+                i = SNAPSHOT_VERSION
+                memcpy(p + 4, &i, 4)
+                memcpy(p + 8, &n, 4)
+                memcpy(p + 12, &count, 4)
+                p += 16
+                for i in range(ROOT + 1, ROOT + 1 + n):
+                    memcpy(p, &self.node(order[i]).tokens_hash, 8)
+                    memcpy(p + 8, &number[self.node(order[i]).parent], 4)
+                    p += 12
+                for given in range(count):
+                    holder = &self.holders[holders[given]]
+                    live = holder.used - holder.stale
+                    memcpy(p, &ranks[2 * given], 16)
+                    memcpy(p + 16, &live, 4)
+                    p += 20
+                    for i in range(holder.size):
+                        if holder.entries[i].node and not self.is_stale(&holder.entries[i]):
+                            memcpy(p, &holder.entries[i].block, 8)
+                            memcpy(p + 8, &number[holder.entries[i].node], 4)
+                            p += 12
+            return out
         finally:
+            self.readers -= reading
             free(number)
             free(order)
+            free(ranks)
+            free(holders)
 
     @classmethod
     def restore(cls, data, budget_bytes=0):
-        """The tree of a `snapshot`. Raises `ValueError` if the bytes are none."""
+        """The tree of a `snapshot`. Raises `ValueError` if the bytes are none.
+
+        Takes about a second for 10^6 blocks, and lets other threads run in between: call it from a thread of its own.
+        """
         cdef RadixTree tree = cls(budget_bytes)
         tree.fill(bytes(data))
         return tree
@@ -1126,6 +1160,9 @@ cdef class RadixTree:
         self.budget_bytes = 0  # evictions would pull the ground from under the numbers
         try:
             for i in range(ROOT + 1, ROOT + 1 + n):
+                if i % LET_OTHERS == 0:
+                    with nogil:
+                        pass
                 memcpy(&tokens_hash, p, 8)
                 memcpy(&parent, p + 8, 4)
                 p += 12
@@ -1155,7 +1192,10 @@ cdef class RadixTree:
                 if left < <size_t>live * 12:
                     raise ValueError("the snapshot is cut: a worker's blocks are missing")
                 number = self.number_of(worker, rank, True)
-                for _ in range(live):
+                for i in range(live):
+                    if i % LET_OTHERS == LET_OTHERS - 1:
+                        with nogil:
+                            pass
                     memcpy(&block, p, 8)
                     memcpy(&at, p + 8, 4)
                     p += 12

@@ -42,6 +42,7 @@ cdef class StreamBase:
     cdef uint64_t mark            # (client) value of tx_frames_bytes at which the request's frame begins
     cdef object under             # what the machine itself keeps for the stream
     cdef uint32_t attempt         # (server) delivery of a queue by which the request came; 0: it came directly
+    cdef uint32_t deliveries      # (server) how often a worker was given the request, as far as is known; 0: it came directly
 
     cdef int on_item(self, object item, int kind, bint last) except -1
     cdef int on_end(self) except -1

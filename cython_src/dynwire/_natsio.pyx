@@ -211,6 +211,14 @@ cdef class NatsClientLink(NatsLink):
                     waiter.set_result(error)
         return 0
 
+    cdef int lost(self, object error) except -1:
+        cdef bint was_dead = self.dead
+        NatsLink.lost(self, error)
+        if not was_dead:
+            for peer in list(self.peers.values()):
+                self.on_peer(<NatsPeer>peer, error)  # whoever waits to hear from it
+        return 0
+
     @property
     def unsettled(self):
         """True when the connection has come back so lately that a worker's may still be on its way."""
@@ -367,9 +375,10 @@ cdef bytes request_lines(Context context, bytes token):
     """Headers and id that travel with a request: those of its own context, or the trace of the surrounding request."""
     cdef Context parent
     if context is not None:
-        if context._headers is None and token is None and (context._id is None or context._connection_id is not None):
+        keep_id(context)
+        if context._headers is None and token is None and context._id is None:
             return None
-        return header_lines(context.headers, context._id if context._connection_id is None else None, token)
+        return header_lines(context.headers, context._id, token)
     parent = current_context()
     if parent is None or parent._headers is None:
         return None if token is None else header_lines(None, None, token)

@@ -48,6 +48,8 @@ cdef class MessagePort:
     cdef readonly int state              # PORT_*
     cdef readonly bint congested         # the server does not read: producers wait for on_writable
     cdef readonly int64_t max_payload    # what the server announced, in bytes, headers included
+    cdef readonly int64_t granted        # (plane) windows of the streams of all clients that use this connection
+    cdef list starving                   # (plane) clients with requests that wait for some of that
 
     # ``reply`` may be None, ``headers`` NULL. Copies what it needs, or keeps ``owner`` (the object that holds the payload) until
     # it is written: from 64 KiB on the memory must not change as long as ``owner`` is referred to.

@@ -107,6 +107,9 @@ cdef class CallbackSink(MessageSink):
 cdef class MessagePort:
     """The way out to the NATS server."""
 
+    def __cinit__(self):
+        self.starving = []
+
     cdef int publish(self, bytes subject, bytes reply, const unsigned char *headers, size_t headers_n,
                      const unsigned char *payload, size_t n, object owner) except -1:
         return 0

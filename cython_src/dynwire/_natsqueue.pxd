@@ -10,6 +10,8 @@ cdef enum:
     FINAL_SLOT = 0xFFFFFE        # as a slot: the reply subject of the last message of a queued request
     MARK_SLOT = 0xFFFFFD         # … and of a message to ourselves
     MAX_RUNS = 16                # times that a caller queues a request whose reply was lost
+    BEGUN_LIMIT = 4096           # requests that a worker remembers to have run
+    GIVEN_LIMIT = 1048576        # a caller's word for how often its request was run; more is nonsense
     QUEUE_ROOM = 512             # bytes of headers that a queued request needs more than another
 
 cdef class QueueTarget(NatsTarget):
@@ -27,6 +29,8 @@ cdef class QueueRequest(NatsTarget):
     cdef uint64_t codec, credit, accept_ms
     cdef readonly double deadline
     cdef readonly uint32_t run           # how often it was queued anew
+    cdef readonly uint32_t given         # how often workers were given it before that, as far as we know
+    cdef bint taken                      # it has left the queue: a worker had it, whoever that was
     cdef NatsPeer lost                   # the worker that had it last …
     cdef uint32_t lost_attempt           # … and as which attempt; what still comes of that counts no more
     cdef bint stop                       # its worker is to be told to finish early
@@ -49,7 +53,8 @@ cdef class QueueWire(NatsWire):
     cdef readonly uint64_t restarted     # requests of which another run has replaced one that had begun
     # (server)
     cdef QueueRun arriving
-    cdef uint32_t arriving_attempt, arriving_ms
+    cdef uint32_t arriving_attempt, arriving_deliveries, arriving_ms
+    cdef dict begun                      # inbox -> which delivery was run here last; the newest at the end
     cdef dict runs                       # stream -> QueueRun
     cdef dict lost_callers               # prefix of inboxes -> when the NATS server first said that nobody listens there
     cdef uint32_t final_no

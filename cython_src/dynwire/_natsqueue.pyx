@@ -13,7 +13,9 @@ import functools
 from cpython.bytes cimport PyBytes_AS_STRING, PyBytes_FromStringAndSize, PyBytes_GET_SIZE
 from libc.math cimport INFINITY
 
-from ._link cimport META_LIMIT, S_ACCEPTED, S_ENDED, S_PENDING, S_WRITTEN, StreamBase
+from ._buffers cimport Block
+from ._link cimport META_LIMIT, S_ACCEPTED, S_ENDED, S_PENDING, S_STOP_EARLY, S_WRITTEN, StreamBase
+from ._natsproto cimport PORT_UP, MessagePort
 from ._natswire cimport (
     HEADERS_FOUND,
     HEADERS_NONE,
@@ -29,7 +31,7 @@ from ._natswire cimport (
     parse_token,
 )
 
-from .errors import DeadlineExceeded, DynwireError, PeerLost
+from .errors import DeadlineExceeded, DynwireError, MessageTooLarge, PeerLost
 from .wire.faults import error_body
 
 # A worker names itself to the caller of a request whose handler is not done at once: then it can be cancelled, and looked after.
@@ -80,6 +82,7 @@ cdef class QueueWire(NatsWire):
         self.finals = {}
         self.replied = {}
         self.marks = {}
+        self.begun = {}
         self.unnamed = NatsPeer("nats:a.queue")
         self.unnamed.control = None
 
@@ -127,8 +130,8 @@ cdef class QueueWire(NatsWire):
         inbox = self.inbox_of(stream)
         head = b"NATS/1.0\r\nD: r %d 0 %d %d %d%b\r\nNats-Msg-Id: %b-%x-%d\r\n" % (
             request.codec, request.credit, 0 if left == INFINITY else min(int(max(left, 0.0) * 1000.0) + 1, 4294967295),
-            request.accept_ms, b" %d" % request.run if request.run else b"", self.connection_id.hex().encode(), stream.seq,
-            request.run,
+            request.accept_ms, b" %d %d" % (request.run, request.given) if request.run else b"",
+            self.connection_id.hex().encode(), stream.seq, request.run,
         )  # fmt: skip
         if left != INFINITY and request.target.queue.queue.ttl:
             # The caller itself takes it back at the deadline; this is for callers that are gone by then.
@@ -203,6 +206,7 @@ cdef class QueueWire(NatsWire):
                 request = <QueueRequest>stream.under
                 if request.target is target and request.number in numbers and request.peer is self.unnamed:
                     self.gaps += 1
+                    request.taken = True
                     self.lose(stream, PeerLost(
                         f"the reply of a worker of {target.queue.names.endpoint} was lost while there was no connection to NATS",
                         sent="yes",
@@ -214,6 +218,7 @@ cdef class QueueWire(NatsWire):
         cdef StreamBase stream
         cdef QueueRequest request
         self.now = now
+        target.unconfirmed.all_due(now)  # before others join them, which go out now
         if anew:
             for stream in list(self.slots):
                 if stream is None or type(stream.under) is not QueueRequest:
@@ -226,7 +231,6 @@ cdef class QueueWire(NatsWire):
                     self.lose(stream, PeerLost(
                         f"the queue of {target.queue.names.endpoint} was lost with the request in it", sent="yes"
                     ))  # fmt: skip
-        target.unconfirmed.all_due(now)
         self.queue_at = min(self.queue_at, now)
         self.look_at_queues(now)
         self.wrote()
@@ -388,11 +392,16 @@ cdef class QueueWire(NatsWire):
 
     cdef bint run_again(self, StreamBase stream, QueueRequest request) except -1:
         """Queue the request anew: it is not in the queue any more, or its reply was lost on the way. False if that cannot be."""
+        cdef uint32_t attempt
         if request.run >= MAX_RUNS or self.now >= request.deadline or not stream.on_restart():
             return False
         self.requeued += 1
         if request.number:
             request.target.queue.take_back(request.number)
+        # Only what is certain: a request that was lost with its queue may not have been run.
+        attempt = stream.in_arg if request.peer is not self.unnamed else request.lost_attempt
+        request.given += max(attempt & MAX_DELIVERY if attempt >> RUN_SHIFT == request.run else 0, <uint32_t>request.taken)
+        request.taken = False
         request.run += 1
         self.restart(stream, request, request.run << RUN_SHIFT | 1)
         self.enqueue(stream, request)
@@ -463,20 +472,27 @@ cdef class QueueWire(NatsWire):
         cdef size_t others
         cdef bytes head, inbox
         cdef StreamBase older
-        cdef uint32_t number
+        cdef uint32_t number, given
         cdef Py_ssize_t at, end
         if self.dead or not self.has_room(subject):
-            return consumer.give_back(delivery)
+            consumer.give_back(delivery)
+            return 0
         head = PyBytes_FromStringAndSize(<const char *>headers, min(headers_n, <size_t>META_LIMIT + 2 * QUEUE_ROOM))
         at = head.find(_INBOX)
         end = head.find(b"\r\n", at + len(_INBOX)) if at >= 0 else -1
         if end < 0 or parse_headers(headers, headers_n, &f, &others) != HEADERS_FOUND or f.kind != c"r" or f.count < 4 or \
                 f.count > 5 and f.v[5] > MAX_RUNS:
             self.malformed += 1  # nobody to tell
-            return consumer.finished(delivery, TERM)
+            consumer.finished(delivery, TERM)
+            return 0
         inbox = head[at + len(_INBOX) : end]
         number = min(<uint32_t>delivery.attempt, <uint32_t>MAX_DELIVERY)
         self.arriving_attempt = <uint32_t>(f.v[5] if f.count > 5 else 0) << RUN_SHIFT | number
+        # A server that was killed has forgotten some of its counting; what has begun here is known here.
+        given = <uint32_t>min(f.v[6], <uint64_t>GIVEN_LIMIT) if f.count > 6 else 0
+        self.arriving_deliveries = max(given + number, <uint32_t>self.begun.get(inbox, 0) + 1)
+        if self.arriving_deliveries > 1 and number == 1:
+            consumer.redelivered += 1  # which it could not know
         refused = consumer.refusal(delivery, f.v[3])
         if type(refused) is not int:
             if isinstance(refused, DeadlineExceeded):
@@ -511,6 +527,11 @@ cdef class QueueWire(NatsWire):
             self.arriving = None
             stream.in_flags |= F_QUEUED
             stream.attempt = self.arriving_attempt
+            stream.deliveries = self.arriving_deliveries
+            self.begun.pop(stream.under, None)
+            if len(self.begun) >= BEGUN_LIMIT:
+                del self.begun[next(iter(self.begun))]
+            self.begun[stream.under] = stream.deliveries
             f.v[3] = self.arriving_ms
             self.accept_after = min(self.accept_after, ACCEPT_AFTER_S)
         return 0
@@ -584,6 +605,10 @@ cdef class QueueWire(NatsWire):
         """A reply that nobody listened for: its caller may be back."""
         if not self.dead:
             self.finals.pop(run.delivery.final, None)
+            if self.fitting(run.head, run.body) is not run.body:
+                # Another NATS server than the one that took it, with less room. The attempt is the last number of every head.
+                run.head = b"NATS/1.0\r\nD: x %b\r\n\r\n" % run.head.split()[-1]
+                run.body = self.fitting(run.head, run.body)
             self.put_bytes(run.inbox, self.final_reply(run), run.head, run.body)
             self.wrote()
             run.consumer.finished(run.delivery, ACK)
@@ -725,3 +750,325 @@ cdef class QueueWire(NatsWire):
             found["poisonous"] = self.poisonous
             found["unheard"] = self.unheard
         return found
+
+
+# ---- Python face -------------------------------------------------------------------------------------------------------
+
+
+cdef class EventPort(MessagePort):
+    """Keeps what is published in ``sent``, as ``(subject, reply, headers, payload)``."""
+
+    cdef readonly list sent
+
+    def __init__(self, max_payload=1048576):
+        self.sent = []
+        self.state = PORT_UP
+        self.max_payload = max_payload
+
+    def set(self, *, state=None, congested=None, max_payload=None):
+        self.state = self.state if state is None else state
+        self.congested = self.congested if congested is None else congested
+        self.max_payload = self.max_payload if max_payload is None else max_payload
+
+    cdef int publish(self, bytes subject, bytes reply, const unsigned char *headers, size_t headers_n,
+                     const unsigned char *payload, size_t n, object owner) except -1:
+        if self.state != PORT_UP:
+            raise PeerLost("published while there is no connection", sent="no")
+        if <int64_t>(headers_n + n) > self.max_payload:
+            raise MessageTooLarge("more than the NATS server takes", size=headers_n + n, limit=self.max_payload)
+        self.sent.append((
+            subject, reply, headers[:headers_n], PyBytes_FromStringAndSize(<const char *>payload, n)
+        ))  # fmt: skip
+        return 0
+
+
+cdef class EventStream(StreamBase):
+    """A stream of an `EventWire`. Its events are tuples ``(name, number, …)``; the number is the same on both sides."""
+
+    cdef readonly NatsWire owner
+    cdef readonly bint killed        # (server) by the client, or because the request came anew
+    cdef public bint untouched       # (client) the application has taken nothing: another run may take the place of this one
+
+    cdef int add(self, tuple event) except -1:
+        (<EventWire>self.owner).events.append(event)
+        return 0
+
+    cdef int on_item(self, object item, int kind, bint last) except -1:
+        return self.add(("item", self.seq, bytes(item), kind, last))
+
+    cdef int on_end(self) except -1:
+        return self.add(("end", self.seq))
+
+    cdef int on_error(self, int code, bytes body) except -1:
+        return self.add(("error", self.seq, body))
+
+    cdef int on_accept(self) except -1:
+        return self.add(("accept", self.seq))
+
+    cdef int on_cancel(self, int kind) except -1:
+        self.killed |= kind == 2
+        return self.add(("cancel", self.seq, kind))
+
+    cdef int on_credit(self) except -1:
+        return self.add(("credit", self.seq))
+
+    cdef int on_lost(self, object error) except -1:
+        return self.add(("lost", self.seq, type(error).__name__, bool(self.state & S_WRITTEN), str(error)))
+
+    cdef bint on_restart(self) except -1:
+        event = ("restart", self.seq)
+        if self.untouched and event not in (<EventWire>self.owner).events[-1:]:
+            self.add(event)
+        return self.untouched
+
+    cdef int on_timer(self, double now) except -1:
+        self.timer = INFINITY
+        return self.add(("timer", self.seq, now))
+
+    @property
+    def number(self):
+        return self.seq
+
+    @property
+    def open(self):
+        return self.conn is not None
+
+    @property
+    def waiting(self):
+        """(client) not sent yet"""
+        return bool(self.state & S_PENDING)
+
+    @property
+    def request_(self):
+        """(client) what is known of a request that goes to a queue, or the target of another one"""
+        return self.under
+
+    @property
+    def sent(self):
+        """(server) items so far"""
+        return self.mark
+
+    @property
+    def delivery_count(self):
+        """(server) what the handler of a request from a queue sees"""
+        return self.deliveries
+
+    @property
+    def window(self):
+        """(client) what the worker may have sent and the application not taken; (server) what may be sent"""
+        return self.send_credit
+
+    @property
+    def inbox(self):
+        """(client) reply subject of its request"""
+        return self.owner.inbox_of(self)
+
+    def stop_early(self):
+        """(client) Ask to stop before the request was sent."""
+        self.state |= S_STOP_EARLY
+
+
+cdef class EventWire(QueueWire):
+    """The state machine with a Python face, for tests and tools.
+
+    ``deliver`` takes a message and returns events, ``output`` what was published. Events: ``("request", number, endpoint,
+    payload, kind, headers, request_id, timeout_ms)``, ``("item", number, bytes, kind, last)``, ``("end", number)``,
+    ``("error", number, body)``, ``("accept", number)``, ``("cancel", number, kind)``, ``("credit", number)``,
+    ``("lost", number, class, written, text)``, ``("restart", number)``, ``("timer", number, now)``.
+    In ``heard_of`` stands which workers have answered a probe or ping, and which are gone: ``(address, class of the error or
+    None)``.
+    """
+
+    cdef readonly list events
+    cdef readonly list heard_of
+    cdef readonly set served
+    cdef public bint full            # (server) takes nothing from queues
+    cdef public bint evicting        # (server) handlers end because the worker does
+
+    def __init__(self, bint is_client, bytes subject not None, *, keepalive=10.0, buffer=100, served=(), **limits):
+        super().__init__(is_client, subject, **limits)
+        self.port = EventPort()
+        self.events = []
+        self.heard_of = []
+        self.served = set(served)
+        self.keepalive_timeout = keepalive
+        self.keepalive_setting = "DYNWIRE_NATS_KEEPALIVE_TIMEOUT"
+        self.channel_buffer = buffer
+        if not is_client:
+            self.peer_max_message = min(self.max_message, self.item_limit())
+
+    cdef StreamBase make_stream(self):
+        cdef EventStream stream = EventStream.__new__(EventStream)
+        stream.owner = self
+        return stream
+
+    cdef object resolve(self, str name):
+        return (name,) if name in self.served else name
+
+    cdef int on_request(self, StreamBase stream, object target, object payload, int kind, object meta,
+                        uint32_t timeout_ms) except -1:
+        name = target[0] if type(target) is tuple else target
+        self.events.append(("request", stream.seq, name, bytes(payload), kind, meta, stream.in_id, timeout_ms))
+        return 0
+
+    @property
+    def port_(self):
+        return self.port
+
+    def take_events(self):
+        out, self.events = self.events, []
+        return out
+
+    def deliver(self, bytes subject, bytes reply, headers, payload, double now=0.0):
+        """One message; returns the events it causes. A `Block` as payload counts as one that arrived in its own memory."""
+        cdef const unsigned char *h = NULL
+        cdef size_t h_n = 0
+        cdef const unsigned char[::1] view
+        cdef Block block
+        cdef bytes r = reply or b""
+        if headers is not None:
+            h = <const unsigned char *>PyBytes_AS_STRING(headers)
+            h_n = len(headers)
+        self.now = now
+        if type(payload) is Block:
+            block = payload
+            self.receive(<const unsigned char *>PyBytes_AS_STRING(subject), len(subject),
+                         <const unsigned char *>PyBytes_AS_STRING(r), len(r), h, h_n, block.data, block.size, block)
+        else:
+            view = payload or b"\0"
+            self.receive(<const unsigned char *>PyBytes_AS_STRING(subject), len(subject),
+                         <const unsigned char *>PyBytes_AS_STRING(r), len(r), h, h_n, &view[0], len(payload), None)
+        return self.take_events()
+
+    def deliver_queued(self, consumer, delivery, bytes subject, bytes headers, bytes payload, double now=0.0):
+        """(server) One request from a queue; returns the events it causes."""
+        self.now = now
+        self.receive_queued(consumer, delivery, subject, <const unsigned char *>PyBytes_AS_STRING(headers), len(headers),
+                            <const unsigned char *>PyBytes_AS_STRING(payload), len(payload), None)
+        return self.take_events()
+
+    cdef bint has_room(self, bytes subject):
+        return not self.full and QueueWire.has_room(self, subject)
+
+    cdef bint given_back(self, StreamBase stream):
+        return self.evicting and stream.mark == 0
+
+    def share_port(self, EventWire other not None):
+        """Use the connection of another client."""
+        self.port = other.port
+
+    def output(self):
+        """What was published since the last call."""
+        cdef EventPort port = self.port
+        out, port.sent = port.sent, []
+        return out
+
+    def set_port(self, double now=0.0, **options):
+        """Change the port (``state``, ``congested``, ``max_payload``) and tell the machine; returns events."""
+        self.port.set(**options)
+        if "congested" in options and not options["congested"]:
+            self.writable_again()
+            if self.is_client and self.pending:
+                self.send_pending()
+        if "state" in options:
+            self.port_changed(now)
+        return self.take_events()
+
+    def request(self, NatsTarget target, payload=b"", *, int kind=0, meta=None, double timeout=INFINITY, bint reader=True,
+                double now=0.0):
+        """(client) Start a request; ``timeout`` in s. Raises what `submit` raises."""
+        cdef EventStream stream = EventStream.__new__(EventStream)
+        stream.owner = self
+        stream.untouched = True
+        stream.keeps_items = reader
+        stream.under = QueueRequest(target, self.unnamed) if type(target) is QueueTarget else target
+        self.submit(stream, "the endpoint", payload, kind, meta, now + timeout, now + timeout, now)
+        return stream
+
+    def ping_peer(self, NatsPeer peer, double now=0.0):
+        """(client) Ask whether it is there."""
+        self.ping(peer, now)
+
+    def is_fresh(self, NatsPeer peer, double now=0.0):
+        """(client) Was it there a moment ago?"""
+        return self.fresh(peer, now)
+
+    def say_goodbye(self):
+        """(server) Tell the callers."""
+        self.put_goodbye()
+
+    cdef int on_peer(self, NatsPeer peer, object error) except -1:
+        self.heard_of.append((peer.address, None if error is None else type(error).__name__))
+        return 0
+
+    def stream(self, uint32_t number, bint killed=False):
+        """The open stream with that number, or None; one that was killed is found if that is said, or if it is the only one."""
+        cdef EventStream stream
+        found = [stream for stream in self.slots if stream is not None and stream.seq == number]
+        found.sort(key=lambda stream: (<EventStream>stream).killed != killed)
+        return found[0] if found else None
+
+    def _open(self, uint32_t number):
+        stream = self.stream(number)
+        if stream is None:
+            raise KeyError(f"stream {number} is not open")
+        return stream
+
+    def send_item(self, uint32_t number, payload=b"", *, int kind=0, bint last=False):
+        """(server) Send an item; returns False when it has to wait."""
+        cdef StreamBase stream = self._open(number)
+        cdef const unsigned char[::1] view = payload or b"\0"
+        if not self.may_send(stream):
+            return False
+        self.put_item(stream, &view[0], len(payload), payload, kind, last)
+        if last:
+            self.request_done(stream)
+        return True
+
+    def send_end(self, uint32_t number):
+        cdef StreamBase stream = self._open(number)
+        self.put_end(stream)
+        self.request_done(stream)
+
+    def send_error(self, uint32_t number, bytes body, bint killed=False):
+        cdef StreamBase stream = self.stream(number, killed)
+        self.put_error(stream, 0, body)
+        self.request_done(stream)
+
+    def send_accept(self, uint32_t number):
+        self.put_accept(self._open(number))
+
+    def cancel(self, uint32_t number, int kind):
+        """(client) 1: ask to stop, 2: kill and forget."""
+        cdef StreamBase stream = self._open(number)
+        if kind == 2:
+            self.abandon(stream, kind)
+        else:
+            self.put_cancel(stream, kind)
+
+    def take(self, uint32_t number, int64_t cost):
+        """(client) The application has taken items of this cost (payload + overhead each)."""
+        self.consumed(self._open(number), cost)
+
+    def on_time(self, double now):
+        """Let timers fire; returns the events. ``next_timer`` is when to call again."""
+        self.time_passed(now)
+        return self.take_events()
+
+    def lost(self):
+        """Give everything up; returns the numbers of the streams."""
+        self.dead = True
+        return [(<StreamBase>stream).seq for stream in self.take_all_streams()]
+
+    @property
+    def next_timer(self):
+        return self.next_wakeup()
+
+    @property
+    def waiting_requests(self):
+        return len(self.pending)
+
+    @property
+    def kept(self):
+        """Messages that wait for the connection."""
+        return len(self.outbox)

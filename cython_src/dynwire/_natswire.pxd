@@ -14,7 +14,7 @@ cdef enum:
     PROBE_TOKENS = 1024          # streams that one probe asks for
     INBOX_LIMIT = 512            # bytes of a reply subject
     HEAD_BYTES = 128             # room for the headers of a message without metadata
-    FIELDS = 6                   # of a D: line; more are ignored
+    FIELDS = 7                   # of a D: line; more are ignored
 
 cdef enum:                       # in_flags of a stream at the server
     F_FOREIGN = 1                # the request had no D: header: any tool of NATS may have sent it
@@ -59,8 +59,8 @@ cdef class NatsWire(Link):
     cdef readonly bytes queue_subject    # (server) what subjects of queue groups begin with
     cdef readonly int64_t max_payload    # of the plane, in bytes with headers; the NATS server's may be lower
     cdef readonly int64_t stream_window
-    cdef readonly int64_t budget         # (client) what may be granted to all streams together
-    cdef readonly int64_t granted        # (client) windows of the streams in flight
+    cdef readonly int64_t budget         # (client) what may be granted to all streams of all clients on its connection
+    cdef readonly int64_t granted        # (client) windows of its streams in flight
     cdef readonly double probe_interval  # s
     cdef double tick_at
     cdef uint32_t tick_no
@@ -134,9 +134,12 @@ cdef class NatsWire(Link):
     cdef int put_bytes(self, bytes subject, bytes reply, bytes headers, bytes body) except -1
     cdef bytes inbox_of(self, StreamBase stream)
     cdef bytes own_reply(self, StreamBase stream)
+    cdef int book(self, int64_t credit) except -1
+    cdef int feed_others(self) except -1
     cdef int64_t item_limit(self)
     cdef int check_size(self, object data, bytes meta) except -1
     cdef int answer(self, bytes inbox, int flags, bytes body) except -1
+    cdef bytes fitting(self, bytes headers, bytes body)
     cdef int grant(self, StreamBase stream) except -1
     cdef int tick(self, double now) except -1
     cdef int tick_client(self, double now, bint stalled) except -1

@@ -28,14 +28,13 @@ from ._link cimport (
     S_ENDED,
     S_PENDING,
     S_QUEUED,
-    S_STOP_EARLY,
     S_WRITTEN,
     S_ZOMBIE,
     Link,
     StreamBase,
     size_of,
 )
-from ._natsproto cimport PORT_CLOSED, PORT_UP, MessagePort
+from ._natsproto cimport PORT_CLOSED, PORT_UP
 
 from .errors import (
     ConnectError,
@@ -60,10 +59,10 @@ cdef extern from *:
     #define DW_NATS_STATUS 2    /* a status of the NATS server, 503: nobody listens there */
     #define DW_NATS_BAD (-1)
 
-    typedef struct { int kind; int count; uint64_t v[6]; } dw_nats_fields;
+    typedef struct { int kind; int count; uint64_t v[7]; } dw_nats_fields;
 
     /* One D: line, from behind the colon. Letter, then decimal numbers of at most 15 digits; what is none makes it a bad line,
-       numbers beyond the sixth are for later versions. */
+       numbers beyond the seventh are for later versions. */
     static int dw_nats_line(const unsigned char *p, const unsigned char *end, dw_nats_fields *f) {
         f->count = 0;
         while (p < end && *p == ' ') p++;
@@ -78,7 +77,7 @@ cdef extern from *:
                 if (*p < '0' || *p > '9' || ++digits > 15) return DW_NATS_BAD;
                 v = v * 10 + (uint64_t)(*p++ - '0');
             }
-            if (f->count < 6) f->v[f->count++] = v;
+            if (f->count < 7) f->v[f->count++] = v;
         }
         return DW_NATS_FOUND;
     }
@@ -350,7 +349,8 @@ cdef class NatsWire(Link):
         self.up_at = now
         waiting, self.outbox = self.outbox, []
         for subject, reply, headers, body in waiting:
-            self.put_bytes(subject, reply, headers, body)
+            # Perhaps another NATS server, which takes less. Only errors can be as long as that.
+            self.put_bytes(subject, reply, headers, self.fitting(headers, body))
         # What was under way when the connection broke may be lost: find out.
         self.ask_all = True
         self.tick_seq = self.seq
@@ -528,6 +528,8 @@ cdef class NatsWire(Link):
         if stream.conn is not self:
             return 0
         stream.state |= S_ENDED
+        if error.sent == "yes":
+            stream.state |= S_ACCEPTED  # what came shows that the worker had the request
         self.put_cancel(stream, 2)
         self.free_slot(stream)
         return stream.on_lost(error)
@@ -999,9 +1001,13 @@ cdef class NatsWire(Link):
             parts = _error_text(body)
             text = " ".join(f"{parts.get('c')}: {parts.get('m')}".split())
             head = f"NATS/1.0\r\nD: x\r\nNats-Service-Error-Code: 500\r\nNats-Service-Error: {text[:1000]}\r\n\r\n".encode()
-        if self.up() and len(head) + len(body) > min(self.port.max_payload, self.max_payload):
-            body = _TOO_LONG
-        return self.put_bytes(inbox, None, head, body)
+        return self.put_bytes(inbox, None, head, self.fitting(head, body))
+
+    cdef bytes fitting(self, bytes headers, bytes body):
+        """The body of an error, or of another one where the NATS server does not take so much."""
+        if self.up() and len(headers) + len(body) > min(self.port.max_payload, self.max_payload):
+            return _TOO_LONG
+        return body
 
     cdef int put_accept(self, StreamBase stream) except -1:
         if stream.state & S_ENDED:
@@ -1054,8 +1060,34 @@ cdef class NatsWire(Link):
     cdef bint may_request(self):
         return (
             self.port is not None and self.port.state == PORT_UP and not self.port.congested
-            and self.granted + FIRST_CREDIT <= self.budget and (self.free_len > 0 or self.live < self.max_streams)
+            and self.port.granted + FIRST_CREDIT <= self.budget and (self.free_len > 0 or self.live < self.max_streams)
         )  # fmt: skip
+
+    cdef int book(self, int64_t credit) except -1:
+        """Streams of ours may have so much more on its way to this process; less, if it is negative.
+
+        What all clients on a connection have granted counts together: what comes waits in one buffer of the NATS server's.
+        """
+        self.granted += credit
+        if self.port is not None:
+            self.port.granted += credit
+        return 0
+
+    cdef int on_saturation(self) except -1:
+        if self.port is not None and self not in self.port.starving:
+            self.port.starving.append(self)
+        return 0
+
+    cdef int feed_others(self) except -1:
+        """Credit was given back: requests of other clients on this connection may have waited for it."""
+        cdef NatsWire other
+        for other in list(self.port.starving):
+            if not other.pending:
+                self.port.starving.remove(other)
+            elif other is not self:
+                other.now = self.now
+                other.send_pending()
+        return 0
 
     cdef bytes inbox_of(self, StreamBase stream):
         cdef Py_ssize_t n = PyBytes_GET_SIZE(self.subject)
@@ -1100,7 +1132,7 @@ cdef class NatsWire(Link):
             stream.mark = 0
             stream.in_arg = 1
             stream.cost = stream.send_credit = <int64_t>v[2]
-            self.granted += stream.send_credit
+            self.book(stream.send_credit)
             try:
                 self.publish_request(stream, <NatsTarget>stream.under, self.inbox_of(stream), headers, head_n,
                                      <const unsigned char *>view.buf, view.len, lasting(data, view.len))
@@ -1150,12 +1182,12 @@ cdef class NatsWire(Link):
         cdef uint64_t total
         cdef bytes inbox
         cdef NatsPeer peer = (<NatsTarget>stream.under).peer
-        if window < self.stream_window and not self.pending and self.granted + window <= self.budget // 2:
+        if window < self.stream_window and not self.port.starving and self.port.granted + window <= self.budget // 2:
             window = min(2 * window, self.stream_window)  # it uses what it gets, and there is enough
-        elif window > FIRST_CREDIT and (self.pending or self.granted > self.budget // 8 * 7):
+        elif window > FIRST_CREDIT and (self.port.starving or self.port.granted > self.budget // 8 * 7):
             window = max(window // 2, <int64_t>FIRST_CREDIT)  # others need it
         stream.cost += stream.refund + window - stream.send_credit
-        self.granted += window - stream.send_credit
+        self.book(window - stream.send_credit)
         stream.send_credit = window
         stream.refund = 0
         if self.up() and peer.control is not None:  # otherwise the next probe says it
@@ -1166,6 +1198,8 @@ cdef class NatsWire(Link):
             self.wrote()
         if self.pending:
             self.send_pending()
+        if self.port.starving:
+            self.feed_others()
         return 0
 
     # ---- streams ---------------------------------------------------------------------------------------------------------
@@ -1175,8 +1209,12 @@ cdef class NatsWire(Link):
         if stream.conn is not self or stream.state & S_PENDING:
             return 0
         if self.is_client:
-            self.granted -= stream.send_credit
-            return Link.free_slot(self, stream)
+            self.book(-stream.send_credit)
+            if not Link.free_slot(self, stream):
+                return 0
+            if self.port.starving:
+                self.feed_others()
+            return 1
         if stream.in_flags & F_KNOWN:
             stream.in_flags &= ~F_KNOWN
             self.by_reply.pop(stream.under, None)
@@ -1191,8 +1229,10 @@ cdef class NatsWire(Link):
         self.by_reply.clear()
         self.probes.clear()
         self.outbox.clear()
-        self.granted = 0
+        self.book(-self.granted)
         self.tick_at = INFINITY
+        if self.port is not None and self.port.starving:
+            self.feed_others()
         return out
 
     # ---- signs of life ---------------------------------------------------------------------------------------------------
@@ -1369,280 +1409,3 @@ cdef object lasting(object owner, size_t n):
     if n < 65536:
         return None
     return owner if type(owner) is bytes else memoryview(owner)
-
-
-# ---- Python face -------------------------------------------------------------------------------------------------------
-
-
-cdef class EventPort(MessagePort):
-    """Keeps what is published in ``sent``, as ``(subject, reply, headers, payload)``."""
-
-    cdef readonly list sent
-
-    def __init__(self, max_payload=1048576):
-        self.sent = []
-        self.state = PORT_UP
-        self.max_payload = max_payload
-
-    def set(self, *, state=None, congested=None, max_payload=None):
-        self.state = self.state if state is None else state
-        self.congested = self.congested if congested is None else congested
-        self.max_payload = self.max_payload if max_payload is None else max_payload
-
-    cdef int publish(self, bytes subject, bytes reply, const unsigned char *headers, size_t headers_n,
-                     const unsigned char *payload, size_t n, object owner) except -1:
-        if self.state != PORT_UP:
-            raise PeerLost("published while there is no connection", sent="no")
-        if <int64_t>(headers_n + n) > self.max_payload:
-            raise MessageTooLarge("more than the NATS server takes", size=headers_n + n, limit=self.max_payload)
-        self.sent.append((
-            subject, reply, headers[:headers_n], PyBytes_FromStringAndSize(<const char *>payload, n)
-        ))  # fmt: skip
-        return 0
-
-
-cdef class EventStream(StreamBase):
-    """A stream of an `EventWire`. Its events are tuples ``(name, number, …)``; the number is the same on both sides."""
-
-    cdef readonly NatsWire owner
-
-    cdef int add(self, tuple event) except -1:
-        (<EventWire>self.owner).events.append(event)
-        return 0
-
-    cdef int on_item(self, object item, int kind, bint last) except -1:
-        return self.add(("item", self.seq, bytes(item), kind, last))
-
-    cdef int on_end(self) except -1:
-        return self.add(("end", self.seq))
-
-    cdef int on_error(self, int code, bytes body) except -1:
-        return self.add(("error", self.seq, body))
-
-    cdef int on_accept(self) except -1:
-        return self.add(("accept", self.seq))
-
-    cdef int on_cancel(self, int kind) except -1:
-        return self.add(("cancel", self.seq, kind))
-
-    cdef int on_credit(self) except -1:
-        return self.add(("credit", self.seq))
-
-    cdef int on_lost(self, object error) except -1:
-        return self.add(("lost", self.seq, type(error).__name__, bool(self.state & S_WRITTEN), str(error)))
-
-    cdef int on_timer(self, double now) except -1:
-        self.timer = INFINITY
-        return self.add(("timer", self.seq, now))
-
-    @property
-    def number(self):
-        return self.seq
-
-    @property
-    def open(self):
-        return self.conn is not None
-
-    @property
-    def waiting(self):
-        """(client) not sent yet"""
-        return bool(self.state & S_PENDING)
-
-    @property
-    def window(self):
-        """(client) what the worker may have sent and the application not taken; (server) what may be sent"""
-        return self.send_credit
-
-    @property
-    def inbox(self):
-        """(client) reply subject of its request"""
-        return self.owner.inbox_of(self)
-
-    def stop_early(self):
-        """(client) Ask to stop before the request was sent."""
-        self.state |= S_STOP_EARLY
-
-
-cdef class EventWire(NatsWire):
-    """The state machine with a Python face, for tests and tools.
-
-    ``deliver`` takes a message and returns events, ``output`` what was published. Events: ``("request", number, endpoint,
-    payload, kind, headers, request_id, timeout_ms)``, ``("item", number, bytes, kind, last)``, ``("end", number)``,
-    ``("error", number, body)``, ``("accept", number)``, ``("cancel", number, kind)``, ``("credit", number)``,
-    ``("lost", number, class, written, text)``, ``("timer", number, now)``. In ``heard_of`` stands which workers have answered a
-    probe or ping, and which are gone: ``(address, class of the error or None)``.
-    """
-
-    cdef readonly list events
-    cdef readonly list heard_of
-    cdef readonly set served
-
-    def __init__(self, bint is_client, bytes subject not None, *, keepalive=10.0, buffer=100, served=(), **limits):
-        super().__init__(is_client, subject, **limits)
-        self.port = EventPort()
-        self.events = []
-        self.heard_of = []
-        self.served = set(served)
-        self.keepalive_timeout = keepalive
-        self.keepalive_setting = "DYNWIRE_NATS_KEEPALIVE_TIMEOUT"
-        self.channel_buffer = buffer
-        if not is_client:
-            self.peer_max_message = min(self.max_message, self.item_limit())
-
-    cdef StreamBase make_stream(self):
-        cdef EventStream stream = EventStream.__new__(EventStream)
-        stream.owner = self
-        return stream
-
-    cdef object resolve(self, str name):
-        return (name,) if name in self.served else name
-
-    cdef int on_request(self, StreamBase stream, object target, object payload, int kind, object meta,
-                        uint32_t timeout_ms) except -1:
-        name = target[0] if type(target) is tuple else target
-        self.events.append(("request", stream.seq, name, bytes(payload), kind, meta, stream.in_id, timeout_ms))
-        return 0
-
-    @property
-    def port_(self):
-        return self.port
-
-    def take_events(self):
-        out, self.events = self.events, []
-        return out
-
-    def deliver(self, bytes subject, bytes reply, headers, payload, double now=0.0):
-        """One message; returns the events it causes. A `Block` as payload counts as one that arrived in its own memory."""
-        cdef const unsigned char *h = NULL
-        cdef size_t h_n = 0
-        cdef const unsigned char[::1] view
-        cdef Block block
-        cdef bytes r = reply or b""
-        if headers is not None:
-            h = <const unsigned char *>PyBytes_AS_STRING(headers)
-            h_n = len(headers)
-        self.now = now
-        if type(payload) is Block:
-            block = payload
-            self.receive(<const unsigned char *>PyBytes_AS_STRING(subject), len(subject),
-                         <const unsigned char *>PyBytes_AS_STRING(r), len(r), h, h_n, block.data, block.size, block)
-        else:
-            view = payload or b"\0"
-            self.receive(<const unsigned char *>PyBytes_AS_STRING(subject), len(subject),
-                         <const unsigned char *>PyBytes_AS_STRING(r), len(r), h, h_n, &view[0], len(payload), None)
-        return self.take_events()
-
-    def output(self):
-        """What was published since the last call."""
-        cdef EventPort port = self.port
-        out, port.sent = port.sent, []
-        return out
-
-    def set_port(self, double now=0.0, **options):
-        """Change the port (``state``, ``congested``, ``max_payload``) and tell the machine; returns events."""
-        self.port.set(**options)
-        if "congested" in options and not options["congested"]:
-            self.writable_again()
-            if self.is_client and self.pending:
-                self.send_pending()
-        if "state" in options:
-            self.port_changed(now)
-        return self.take_events()
-
-    def request(self, NatsTarget target, payload=b"", *, int kind=0, meta=None, double timeout=INFINITY, bint reader=True,
-                double now=0.0):
-        """(client) Start a request; ``timeout`` in s. Raises what `submit` raises."""
-        cdef EventStream stream = EventStream.__new__(EventStream)
-        stream.owner = self
-        stream.keeps_items = reader
-        stream.under = target
-        self.submit(stream, "the endpoint", payload, kind, meta, now + timeout, now + timeout, now)
-        return stream
-
-    def ping_peer(self, NatsPeer peer, double now=0.0):
-        """(client) Ask whether it is there."""
-        self.ping(peer, now)
-
-    def is_fresh(self, NatsPeer peer, double now=0.0):
-        """(client) Was it there a moment ago?"""
-        return self.fresh(peer, now)
-
-    def say_goodbye(self):
-        """(server) Tell the callers."""
-        self.put_goodbye()
-
-    cdef int on_peer(self, NatsPeer peer, object error) except -1:
-        self.heard_of.append((peer.address, None if error is None else type(error).__name__))
-        return 0
-
-    def stream(self, uint32_t number):
-        """The open stream with that number, or None."""
-        for stream in self.slots:
-            if stream is not None and (<StreamBase>stream).seq == number:
-                return stream
-        return None
-
-    def _open(self, uint32_t number):
-        stream = self.stream(number)
-        if stream is None:
-            raise KeyError(f"stream {number} is not open")
-        return stream
-
-    def send_item(self, uint32_t number, payload=b"", *, int kind=0, bint last=False):
-        """(server) Send an item; returns False when it has to wait."""
-        cdef StreamBase stream = self._open(number)
-        cdef const unsigned char[::1] view = payload or b"\0"
-        if not self.may_send(stream):
-            return False
-        self.put_item(stream, &view[0], len(payload), payload, kind, last)
-        if last:
-            self.request_done(stream)
-        return True
-
-    def send_end(self, uint32_t number):
-        cdef StreamBase stream = self._open(number)
-        self.put_end(stream)
-        self.request_done(stream)
-
-    def send_error(self, uint32_t number, bytes body):
-        cdef StreamBase stream = self._open(number)
-        self.put_error(stream, 0, body)
-        self.request_done(stream)
-
-    def send_accept(self, uint32_t number):
-        self.put_accept(self._open(number))
-
-    def cancel(self, uint32_t number, int kind):
-        """(client) 1: ask to stop, 2: kill and forget."""
-        cdef StreamBase stream = self._open(number)
-        if kind == 2:
-            self.abandon(stream, kind)
-        else:
-            self.put_cancel(stream, kind)
-
-    def take(self, uint32_t number, int64_t cost):
-        """(client) The application has taken items of this cost (payload + overhead each)."""
-        self.consumed(self._open(number), cost)
-
-    def on_time(self, double now):
-        """Let timers fire; returns the events. ``next_timer`` is when to call again."""
-        self.time_passed(now)
-        return self.take_events()
-
-    def lost(self):
-        """Give everything up; returns the numbers of the streams."""
-        self.dead = True
-        return [(<StreamBase>stream).seq for stream in self.take_all_streams()]
-
-    @property
-    def next_timer(self):
-        return self.next_wakeup()
-
-    @property
-    def waiting_requests(self):
-        return len(self.pending)
-
-    @property
-    def kept(self):
-        """Messages that wait for the connection."""
-        return len(self.outbox)

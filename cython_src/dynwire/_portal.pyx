@@ -521,11 +521,16 @@ cdef class ThreadItems:
     """Items of one streamed reply, for a thread: takes those that have arrived, and sleeps only when there are none.
 
     One thread at a time may iterate; any thread may close. What the thread takes is what is refunded to the worker as credit.
+
+    ``again(error, context)`` is called, if it is set, when the request fails before its first item: it returns the stream of
+    another attempt, with which this one goes on, or raises.
     """
 
     cdef Feed feed
     cdef object bridge
+    cdef public object again
     cdef bint over
+    cdef bint closed
 
     def __init__(self, Hub hub, ItemStream items, bridge):
         self.feed = Feed.__new__(Feed)
@@ -550,19 +555,33 @@ cdef class ThreadItems:
         cdef Feed feed = self.feed
         cdef ItemReader reader = feed.reader
         cdef long cost = 0
-        if reader.head >= len(reader.items) or feed.closing:
+        while reader.head >= len(reader.items) or feed.closing:
             self.wait()
             if reader.head >= len(reader.items):
                 self.end()
                 if reader.value is not None:
                     error, reader.value = reader.value, None
-                    raise error
+                    if self.again is None or reader.delivered or self.closed:
+                        raise error
+                    self.take_over(self.again(error, self.bridge.outer))
+                    feed = self.feed
+                    reader = feed.reader
+                    continue
                 raise StopIteration
+            break
         item = reader.pop(&cost)
         feed.taken += cost
         if feed.taken >= REFUND_BYTES:
             self.tell()
         return item
+
+    cdef int take_over(self, ThreadItems other) except -1:
+        self.feed, self.bridge = other.feed, other.bridge
+        self.over = False
+        other.feed = None
+        if self.closed:  # by another thread, meanwhile
+            self.close()
+        return 0
 
     cdef int wait(self) except -1:
         cdef Feed feed = self.feed
@@ -628,6 +647,7 @@ cdef class ThreadItems:
     def close(self):
         """Give up: kills the handler if it still runs, drops queued items. May be called twice."""
         cdef Feed feed = self.feed
+        self.closed = True
         if not self.over:
             self.over = True
             self.bridge.end()

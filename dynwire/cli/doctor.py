@@ -363,6 +363,7 @@ def _nats(config: Config) -> Findings:
         for text, used in (
             ("request plane", config.request_plane == "nats"),
             ("discovery", config.discovery.backend == "nats"),
+            ("KV events", config.events.plane == "jetstream"),
         )
         if used
     ]
@@ -451,6 +452,8 @@ async def _jetstream_finding(connection: Any, config: Config, needed: list[str])
         users.append("discovery (DYN_DISCOVERY_BACKEND=nats)")
     if "request plane" in needed and config.nats.request_mode == "jetstream":
         users.append("durable requests (DYN_NATS_REQUEST_MODE=jetstream)")
+    if "KV events" in needed:
+        users.append("KV events (DYN_EVENT_PLANE=jetstream)")
     try:
         account = await connection.client.jetstream().account_info()
     except (nats.errors.Error, TimeoutError) as error:

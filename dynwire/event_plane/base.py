@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from ..config import Config
-from ..errors import ConfigError
 
 QUEUE_BATCHES = 4096
 """Batches that may wait at a sender for a server that is away. What exceeds it is dropped: routers notice the gap and ask."""
@@ -32,12 +31,35 @@ class EventSender(ABC):
         """Connect or bind. Raises `BindError`, `ConnectError`, `ConfigError`."""
 
     @abstractmethod
-    def send(self, data: bytes) -> None:
-        """Send a batch. Never waits; drops it, and counts that, when it cannot be sent."""
+    def send(self, data: bytes, key: str = "") -> None:
+        """Send a batch. Never waits; drops it, and counts that, when it cannot be sent.
+
+        ``key`` names the batch: whoever stores batches stores one with the same name once. Empty: it has none.
+        """
+
+    def send_heads(self, data: bytes) -> None:
+        """Send a batch without events that repeats the newest numbers; called from time to time."""
+        self.send(data)
 
     @abstractmethod
     async def close(self) -> None:
         """Send what waits, as far as that goes at once, and close. May be called twice."""
+
+
+class EventIndex(ABC):
+    """What a receiver that keeps state for its router needs of the router's index. Loop thread only."""
+
+    @abstractmethod
+    async def restore(self, data: bytes) -> bool:
+        """Take over a snapshot; False, and nothing changed, if it is none or the index has begun without it."""
+
+    @abstractmethod
+    async def snapshot(self) -> bytes:
+        """The index as it is now. The receiver must not call its callback until this returns."""
+
+    @abstractmethod
+    def resynchronise(self) -> None:
+        """Events may be missing that nothing else tells of: ask every worker whether there are more than are known."""
 
 
 class EventReceiver(ABC):
@@ -47,8 +69,12 @@ class EventReceiver(ABC):
     async def start(self, callback: Callable[[bytes], object]) -> None:
         """Call ``callback`` with every batch from now on. Raises `ConnectError`, `ConfigError`."""
 
+    def bind(self, index: EventIndex) -> None:
+        """Before `start`: where snapshots come from and go to, in planes that keep them."""
+        return None
+
     def add_sender(self, worker_id: int, metadata: Mapping[str, Any]) -> None:
-        """A worker was found; ``metadata`` is its sender's."""
+        """A worker was found; ``metadata`` is its sender's. Raises `ConfigError` if it publishes on another plane."""
         return None
 
     def remove_sender(self, worker_id: int) -> None:
@@ -77,11 +103,18 @@ def open_sender(config: Config, namespace: str, component: str) -> EventSender |
         from .nats import NatsSender
 
         return NatsSender(config, namespace, component)
-    raise _missing(config.events.plane)
+    from .jetstream import JetStreamSender
+
+    return JetStreamSender(config, namespace, component)
 
 
-def open_receiver(config: Config, namespace: str, component: str) -> EventReceiver | None:
-    """The receiver of the configured event plane, not started; None if there is none. Raises `ConfigError`."""
+def open_receiver(
+    config: Config, namespace: str, component: str, router_id: str | None = None, reset: bool = False
+) -> EventReceiver | None:
+    """The receiver of the configured event plane, not started; None if there is none. Raises `ConfigError`.
+
+    ``router_id`` and ``reset`` are for planes that keep something for routers: under which name, and whether it is deleted first.
+    """
     if config.events.plane == "none":
         return None
     if config.events.plane == "zmq":
@@ -92,7 +125,9 @@ def open_receiver(config: Config, namespace: str, component: str) -> EventReceiv
         from .nats import NatsReceiver
 
         return NatsReceiver(config, namespace, component)
-    raise _missing(config.events.plane)
+    from .jetstream import JetStreamReceiver
+
+    return JetStreamReceiver(config, namespace, component, router_id, reset)
 
 
 def open_tap(config: Config, namespace: str, component: str) -> EventReceiver | None:
@@ -130,10 +165,3 @@ def open_load_receiver(config: Config, namespace: str, component: str) -> EventR
     from .nats import NatsReceiver
 
     return NatsReceiver(config, namespace, component, LOAD_CHANNEL)
-
-
-def _missing(plane: str) -> ConfigError:
-    return ConfigError(
-        f"DYN_EVENT_PLANE is {plane!r}: this event plane is not in this release", name="DYN_EVENT_PLANE", value=plane,
-        allowed="nats, zmq, none",
-    )  # fmt: skip

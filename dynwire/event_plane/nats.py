@@ -107,7 +107,7 @@ class NatsSender(EventSender):
     async def _ready(self, connection: NatsConnection) -> None:
         self._port = connection.port
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes, key: str = "") -> None:
         if self._port is None or not self._connected.up:
             self.dropped += 1
             return

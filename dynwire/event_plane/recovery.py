@@ -200,9 +200,16 @@ class Follower:
         stream = self._streams.get((worker_id, dp_rank))
         return (stream.epoch, stream.last_id) if stream is not None else (0, 0)
 
-    def set_position(self, worker_id: int, dp_rank: int, epoch: int, last_id: int) -> None:
-        """The tree, taken from a snapshot, has the events up to this one."""
-        self._streams[worker_id, dp_rank] = _Stream(epoch, last_id, wanted=True)
+    def set_position(self, worker_id: int, dp_rank: int, epoch: int, last_id: int, wanted: bool = True) -> None:
+        """The tree, taken from a snapshot, has the events up to this one. ``wanted``: ask at once whether there are more."""
+        self._streams[worker_id, dp_rank] = _Stream(epoch, last_id, wanted=wanted)
+
+    def want_all(self) -> None:
+        """Ask every publisher whether it has more than is known: what brings events has lost some, nobody knows which."""
+        for stream in self._streams.values():
+            if not stream.wanted:
+                stream.wanted = True
+                stream.retry_at = 0.0
 
     def positions(self) -> dict[tuple[int, int], tuple[int, int]]:
         """(epoch, id) of the last applied event of every known rank."""

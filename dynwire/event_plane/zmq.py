@@ -68,7 +68,7 @@ class ZmqSender(EventSender):
         self._context, self._socket = context, socket
         self._address = f"tcp://{self._advertised}:{port}"
 
-    def send(self, data: bytes) -> None:
+    def send(self, data: bytes, key: str = "") -> None:
         if self._socket is None:
             self.dropped += 1
             return

@@ -40,14 +40,11 @@ Key = tuple[str, str]
 
 
 def router_of(config: Config) -> str:
-    """The name that clients know the configured router by. Raises `ConfigError` if it is not in this release."""
+    """The name that clients know the configured router by. Raises `ConfigError` if it cannot do what is configured."""
     router = config.router.mode.replace("-", "_")
     make_chooser(router, random.Random())
     if config.router.replica_sync and router == "kv":
         check_replica_sync(config, config.router.kv_events)
-    name = "DYN_ROUTER_RESET_STATES"
-    if config.router.reset_states and router == "kv":
-        raise ConfigError(f"{name} is set, which is not in this release", name=name, value=True, allowed="false")
     return router
 
 

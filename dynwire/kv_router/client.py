@@ -75,6 +75,11 @@ def _only(items: list[Any], endpoint: str) -> Any:
     return items[0]
 
 
+def _not_again(request: StreamRequest) -> set[int]:
+    """Instances that have lost the stream, or did not take it when it was opened before."""
+    return request.lost | (request.course.tried if request.course is not None else set())
+
+
 class KvAsyncReplyStream(AsyncReplyStream):
     """A reply stream that tells the router about its first item and its end."""
 
@@ -83,6 +88,7 @@ class KvAsyncReplyStream(AsyncReplyStream):
     def __init__(self, client: KvAsyncClient, request: StreamRequest, request_id: str) -> None:
         super().__init__(client, request)
         self.request_id = request_id
+        self._arguments = (request_id,)
         self._first = True
 
     def __aiter__(self) -> AsyncIterator[Any]:
@@ -104,10 +110,8 @@ class KvAsyncReplyStream(AsyncReplyStream):
         super().close()
 
     async def _open(self) -> AsyncItemStream:
-        self._before_open()
         self._first = True  # a stream that has migrated has its prompt computed again
-        items: AsyncItemStream = self._opened(await self._client._open(self._request, self.request_id))
-        return items
+        return await super()._open()
 
 
 class KvAsyncClient(AsyncClient):
@@ -194,11 +198,15 @@ class KvAsyncClient(AsyncClient):
     def _open_now(self, request: StreamRequest) -> None:
         return None  # the way of one call after another is not this router's
 
-    async def _open(self, request: StreamRequest, request_id: str = "") -> tuple[Any, AsyncItemStream]:
+    async def _reopen(self, request: StreamRequest, *rest: Any) -> tuple[Any, AsyncItemStream]:
+        self.kv.finish(rest[-1])  # it is booked anew, for another worker
+        return await super()._reopen(request, *rest)
+
+    async def _open(self, request: StreamRequest, request_id: str = "", *arguments: Any) -> tuple[Any, AsyncItemStream]:
         tokens = _tokens(request.payload)
         if tokens is None or request.instance is not None:
             return await super()._open(request)
-        tried = set(request.lost)
+        tried = _not_again(request)
         payload = request.payload
         while True:
             assert self._mine is not None
@@ -231,6 +239,7 @@ class KvReplyStream(ReplyStream):
     def __init__(self, client: KvClient, request: StreamRequest, request_id: str) -> None:
         super().__init__(client, request)
         self.request_id = request_id
+        self._arguments = (request_id,)
         self._first = True
 
     def __iter__(self) -> Iterator[Any]:
@@ -252,10 +261,8 @@ class KvReplyStream(ReplyStream):
         super().close()
 
     def _open(self) -> ItemStream:
-        self._before_open()
         self._first = True
-        items: ItemStream = self._opened(self._client._open(self._request, self.request_id))
-        return items
+        return super()._open()
 
 
 class KvClient(Client):
@@ -346,11 +353,15 @@ class KvClient(Client):
         plain = super().stream(payload, **options)
         return KvReplyStream(self, plain._request, f"{id(self):x}-{next(self._numbers)}")
 
-    def _open(self, request: StreamRequest, request_id: str = "") -> tuple[Any, ItemStream]:
+    def _reopen(self, request: StreamRequest, *rest: Any) -> tuple[Any, ItemStream]:
+        self._tell(self.kv.finish, rest[-1])
+        return super()._reopen(request, *rest)
+
+    def _open(self, request: StreamRequest, request_id: str = "", *arguments: Any) -> tuple[Any, ItemStream]:
         tokens = _tokens(request.payload)
         if tokens is None or request.instance is not None:
             return super()._open(request)
-        tried = set(request.lost)
+        tried = _not_again(request)
         payload = request.payload
         while True:
             candidates = _candidates(self._route(), tried)

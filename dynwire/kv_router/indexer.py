@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -12,7 +13,7 @@ import msgspec
 from .._kvtree import OverlapScores, RadixTree
 from ..client import AsyncClient
 from ..errors import ConfigError, DynwireError
-from ..event_plane.base import EventReceiver, open_receiver
+from ..event_plane.base import EventIndex, EventReceiver, open_receiver
 from ..event_plane.recovery import Batch, Follower, RangeAnswer, RangeQuery
 from ..manager import AsyncNetworkManager
 from ..types import EndpointId, Instance
@@ -24,16 +25,37 @@ QUERY_TIMEOUT_S = 5.0
 """for a whole answer; a worker that is slower is asked again, later"""
 BUDGET_BYTES = 4 * 1024**3
 """of the index: 4 × 10^7 blocks"""
+SNAPSHOT_VERSION = 1
 
 
-class KvIndexer:
+class IndexSnapshot(msgspec.Struct):
+    """An index as it is stored: what its tree has, and up to which event of every rank."""
+
+    version: int
+    block_size: int | None
+    positions: list[tuple[int, int, int, int]]
+    """worker, rank, epoch, last applied event"""
+    tree: bytes
+    """of `RadixTree.snapshot`"""
+
+
+class KvIndexer(EventIndex):
     """Follows the events of all workers of ``namespace.component``. Belongs to the event loop that started it.
 
     Losing the event plane never raises: the index keeps what it knows, `connected` and `staleness` say how old that is, and
     whatever was missed is asked for when workers can be reached again.
     """
 
-    def __init__(self, manager: AsyncNetworkManager, namespace: str, component: str, block_size: int | None = None) -> None:
+    def __init__(
+        self,
+        manager: AsyncNetworkManager,
+        namespace: str,
+        component: str,
+        block_size: int | None = None,
+        *,
+        router_id: str | None = None,
+        reset: bool = False,
+    ) -> None:
         self.tree = RadixTree(BUDGET_BYTES)
         self.follower = Follower(self.tree)
         self.block_size = block_size
@@ -44,7 +66,7 @@ class KvIndexer:
         """messages on the event plane that were none of ours"""
         self._manager = manager
         self._path = EndpointId(namespace, component, EVENTS_ENDPOINT)
-        self._receiver: EventReceiver | None = open_receiver(manager.config, namespace, component)
+        self._receiver: EventReceiver | None = open_receiver(manager.config, namespace, component, router_id, reset)
         self._client: AsyncClient | None = None
         self._decode = msgspec.msgpack.Decoder(Batch).decode
         self._instances: dict[int, Instance] = {}
@@ -52,12 +74,19 @@ class KvIndexer:
         self._timer: asyncio.TimerHandle | None = None
         self._unlisten: Any = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._restored: set[int] = set()
+        """workers of the snapshot that discovery has not shown yet"""
+        self._restored_size: int | None = None
+        self._restored_timer: asyncio.TimerHandle | None = None
+        self._held: list[Callable[[], object]] | None = None
+        """while a snapshot is taken: what would change the tree, and is done afterwards"""
 
     async def start(self) -> None:
         """Subscribe, and take over the trees of the workers that are there."""
         if self._receiver is None:
             return
         self._loop = asyncio.get_running_loop()
+        self._receiver.bind(self)
         await self._receiver.start(self._on_message)
         try:
             self._client = await self._manager.endpoint(self._path).client(router="direct")
@@ -65,8 +94,11 @@ class KvIndexer:
         except BaseException:  # cancellation included
             await self._receiver.close()
             raise
-        self._unlisten = route.listen(lambda: self._on_instances(route.instances))
-        self._on_instances(route.instances)
+        self._unlisten = route.listen(lambda: self._change(lambda: self._on_instances(route.instances)))
+        self._change(lambda: self._on_instances(route.instances))
+        if self._restored:
+            # A worker that is still there writes its record within this time.
+            self._restored_timer = self._loop.call_later(self._manager.config.discovery.ttl, self._change, self._forget_restored)
 
     async def close(self) -> None:
         """Unsubscribe. May be called twice."""
@@ -76,6 +108,9 @@ class KvIndexer:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+        if self._restored_timer is not None:
+            self._restored_timer.cancel()
+            self._restored_timer = None
         for task in self._asking:
             task.cancel()
         if self._asking:
@@ -106,6 +141,77 @@ class KvIndexer:
         """Seconds since the oldest gap that is still open was seen; 0 without one."""
         return self.follower.staleness(time.monotonic())
 
+    # snapshots
+
+    @property
+    def _has_begun(self) -> bool:
+        """Is something from workers in the tree?"""
+        return bool(self.follower.stats.applied or self.follower.stats.dumps)
+
+    async def restore(self, data: bytes) -> bool:
+        """Read in another thread, which lets this one run in between."""
+
+        def read() -> tuple[IndexSnapshot, RadixTree]:
+            found = msgspec.msgpack.decode(data, type=IndexSnapshot)
+            if found.version != SNAPSHOT_VERSION:
+                raise ValueError(f"it has version {found.version}, this release reads version {SNAPSHOT_VERSION}")
+            return found, RadixTree.restore(found.tree, BUDGET_BYTES)
+
+        if self._has_begun:
+            return False
+        try:
+            found, tree = await asyncio.to_thread(read)
+        except (msgspec.MsgspecError, ValueError) as error:
+            logger.warning("the stored snapshot of %s cannot be used: %s", self._path, error)
+            return False
+        if self._has_begun or (self.block_size or found.block_size) != found.block_size:
+            return False
+        self._forget_restored()
+        self.tree = self.follower.tree = tree
+        for worker_id, rank, epoch, last_id in found.positions:
+            self.follower.set_position(worker_id, rank, epoch, last_id, wanted=worker_id in self._instances)
+            if worker_id not in self._instances:
+                self._restored.add(worker_id)
+        self._restored_size = found.block_size
+        return True
+
+    async def snapshot(self) -> bytes:
+        """Written in another thread, without the GIL where it takes long; look-ups go on meanwhile, changes wait."""
+        assert self._held is None
+        self._held = []
+        tree, size = self.tree, self.block_size
+        positions = [(*key, *position) for key, position in self.follower.positions().items() if position[0]]
+
+        def write() -> bytes:
+            return msgspec.msgpack.encode(IndexSnapshot(SNAPSHOT_VERSION, size, positions, tree.snapshot()))
+
+        writing = asyncio.get_running_loop().run_in_executor(None, write)
+        # Not when we stop waiting: a thread cannot be cancelled, and reads the tree to the end.
+        writing.add_done_callback(self._release)
+        return await asyncio.shield(writing)
+
+    def _release(self, writing: asyncio.Future[bytes]) -> None:
+        held, self._held = self._held or [], None
+        for change in held:
+            change()
+
+    def resynchronise(self) -> None:
+        self.follower.want_all()
+        self._pump()
+
+    def _change(self, change: Callable[[], object]) -> None:
+        """Do what changes the tree, now or when the snapshot that is being taken is complete."""
+        if self._held is None:
+            change()
+        else:
+            self._held.append(change)
+
+    def _forget_restored(self) -> None:
+        """Workers that ended while no router was there: their blocks leave."""
+        restored, self._restored = self._restored, set()
+        for worker_id in restored:
+            self.follower.remove_worker(worker_id)
+
     # workers come and go
 
     def _on_instances(self, instances: tuple[Instance, ...]) -> None:
@@ -126,6 +232,8 @@ class KvIndexer:
         size = metadata.get("block_size")
         if self.block_size is None and isinstance(size, int):
             self.block_size = size
+        if self._restored and size != self._restored_size:
+            self._forget_restored()  # blocks of another size mean nothing beside those of this worker
         if size != self.block_size:
             if worker_id not in self.mismatched:
                 logger.warning(
@@ -142,6 +250,7 @@ class KvIndexer:
             logger.warning("%s", error)
             return
         self._instances[worker_id] = instance
+        self._restored.discard(worker_id)
         ranks = metadata.get("dp_size")
         self.follower.add_worker(worker_id, tuple(range(ranks)) if isinstance(ranks, int) and 0 < ranks <= 1024 else (0,))
 
@@ -160,8 +269,15 @@ class KvIndexer:
         except msgspec.MsgspecError:
             self.malformed += 1
             return
-        if batch.worker_id in self._instances:  # an unknown one's record is on its way; its tree will be asked for
-            self.follower.on_batch(batch, time.monotonic())
+        self._change(lambda: self._take(batch))
+
+    def _take(self, batch: Batch) -> None:
+        # an unknown one's record is on its way; its tree will be asked for
+        if batch.worker_id in self._instances or batch.worker_id in self._restored:
+            try:
+                self.follower.on_batch(batch, time.monotonic())
+            except (ValueError, OverflowError):  # numbers that are no u64
+                self.malformed += 1
             if self.follower.behind:
                 self._pump()
 
@@ -201,7 +317,8 @@ class KvIndexer:
             if not parts or parts[-1].more:
                 self.follower.on_failure(query.worker_id, query.dp_rank, time.monotonic())
             else:
-                self.follower.on_answer(joined(parts), time.monotonic())
+                answer = joined(parts)
+                self._change(lambda: self.follower.on_answer(answer, time.monotonic()))
         finally:
             loop = self._loop
             if loop is not None and self._client is not None:

@@ -151,15 +151,21 @@ class KvEventPublisher:
                 part.append(event)
                 blocks += _blocks_of(event)
                 if blocks >= PART_BLOCKS:
-                    self._sender.send(self._encode(Batch(self.worker_id, self.index.epoch, part)))
+                    self._send(part)
                     part, blocks = [], 0
             if part:
-                self._sender.send(self._encode(Batch(self.worker_id, self.index.epoch, part)))
+                self._send(part)
+
+    def _send(self, part: list[KvCacheEvent]) -> None:
+        assert self._sender is not None
+        worker_id, epoch = self.worker_id, self.index.epoch
+        key = f"{worker_id:x}:{epoch:x}:{part[0].dp_rank}:{part[0].event_id}"
+        self._sender.send(self._encode(Batch(worker_id, epoch, part)), key)
 
     def _send_heads(self) -> None:
         assert self._loop is not None
         assert self._sender is not None
-        self._sender.send(self._encode(self.index.heads()))
+        self._sender.send_heads(self._encode(self.index.heads()))
         self._heads = self._loop.call_later(HEADS_S, self._send_heads)
 
     # questions

@@ -41,6 +41,10 @@ class KvRouterSettings:
     """share the load with the other routers of the component; needs an event plane"""
     seed: int | None = None
     """of ties and of the temperature's choices"""
+    router_id: str | None = None
+    """name of this router where events are kept for it (jetstream); None: as configured, or a new one"""
+    reset_states: bool | None = None
+    """True: what is stored for routers is deleted at the start (jetstream); None: as configured"""
 
     @classmethod
     def from_config(cls, config: Config, block_size: int | None = None) -> KvRouterSettings:
@@ -52,6 +56,8 @@ class KvRouterSettings:
             use_events=router.kv_events,
             block_size=router.kv_cache_block_size or block_size,
             replica_sync=router.replica_sync,
+            router_id=router.id,
+            reset_states=router.reset_states,
         )
 
     @property
@@ -108,7 +114,15 @@ class KvRouter:
         self._predicted: dict[str, int] = {}
         self._id = EndpointId(namespace, component, "generate")
         if self.settings.use_events and manager.config.events.plane != "none":
-            self.indexer = KvIndexer(manager, namespace, component, self.settings.block_size)
+            config, mine = manager.config.router, self.settings
+            self.indexer = KvIndexer(
+                manager,
+                namespace,
+                component,
+                mine.block_size,
+                router_id=mine.router_id or config.id,
+                reset=config.reset_states if mine.reset_states is None else mine.reset_states,
+            )
         else:
             self.approximate = ApproximateIndex()
         self._block_size = self.settings.block_size

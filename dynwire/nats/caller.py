@@ -69,6 +69,11 @@ class CallerQueue:
 
     def _on_state(self, state: int, error: BaseException | None) -> None:
         if state == UP and error is None and self.queue is not None:
+            # What was asked over the connection before gets no answer. Looking also verifies anew.
+            for task in (self._looking, self._verifying):
+                if task is not None:
+                    task.cancel()
+            self._looking = self._verifying = None
             self.look()  # another server, or the same one without its storage
 
     def look(self) -> None:

@@ -126,9 +126,9 @@ class PullWindow:
         self.asked = 0
 
 
-def pull_request(count: int) -> bytes:
+def pull_request(count: int, expires_s: float = PULL_EXPIRES_S) -> bytes:
     """Body of a question for ``count`` requests."""
-    return msgspec.json.encode({"batch": count, "expires": int(PULL_EXPIRES_S * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)})
+    return msgspec.json.encode({"batch": count, "expires": int(expires_s * 1e9), "idle_heartbeat": int(HEARTBEAT_S * 1e9)})
 
 
 class Progress:
@@ -194,6 +194,8 @@ class QueueConsumer:
         """requests that were acknowledged lately -> until when a further delivery of them is taken for one that crossed that"""
         self._stopping = False
         self._task: asyncio.Task[None] | None = None
+        self._attempt: asyncio.Task[None] | None = None
+        """to begin anew"""
         self._timer: asyncio.TimerHandle | None = None
         self._bolder: asyncio.TimerHandle | None = None
         self._forget_state = connection.on_state(self._on_state)
@@ -234,13 +236,25 @@ class QueueConsumer:
 
     async def _keep_open(self) -> None:
         """Begin anew whenever the server has forgotten us: reconnected, consumer or stream deleted, leader changed."""
-        pause = PAUSE_S
         while True:
             await self._void.wait()
+            # What an attempt has asked is lost with the connection, and would be waited for: `_on_state` ends it then.
+            attempt = self._attempt = self._loop.create_task(self._reopened(), name=f"dynwire-queue-open-{self._names.endpoint}")
+            try:
+                await asyncio.wait((attempt,))
+            finally:
+                self._attempt = None
+                attempt.cancel()
+                await asyncio.wait((attempt,))
+            if not attempt.cancelled():
+                attempt.result()
+
+    async def _reopened(self) -> None:
+        pause = PAUSE_S
+        while self._void.is_set():
             await self._end_subscription()
             try:
                 await self._open(REOPEN_TIMEOUT_S)
-                pause = PAUSE_S
             except DynwireError as error:
                 self._void.set()
                 logger.warning("%s takes no durable requests at the moment: %s", self._names.endpoint, error)
@@ -267,6 +281,8 @@ class QueueConsumer:
         else:
             self._be_careful()
         self._reopen()
+        if self._attempt is not None and (state != UP or error is None):
+            self._attempt.cancel()
 
     def connected(self) -> None:
         """There is a connection again, and the plane has published its replies that waited for it."""

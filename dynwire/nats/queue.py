@@ -302,19 +302,19 @@ _CONSUMER_SETTINGS = {"ack_wait": "DYNWIRE_NATS_QUEUE_ACK_WAIT", "max_deliver": 
 _FIXED = ("storage",)
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Values of nats-py's configurations in a form that compares: enumerations by value, parts as dictionaries."""
     value = getattr(value, "value", value)
     if hasattr(value, "__dataclass_fields__"):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) is not None} or None
+        return {f.name: plain(getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) is not None} or None
     if isinstance(value, float):
         return round(value, 3)
     return value or None if isinstance(value, (bool, dict)) else value
 
 
-def _differences(wanted: Any, found: Any, names: dict[str, str]) -> dict[str, tuple[Any, Any]]:
+def differences(wanted: Any, found: Any, names: dict[str, str]) -> dict[str, tuple[Any, Any]]:
     """Field -> (wanted, found) where the two differ."""
-    pairs = {name: (_plain(getattr(wanted, name)), _plain(getattr(found, name))) for name in names}
+    pairs = {name: (plain(getattr(wanted, name)), plain(getattr(found, name))) for name in names}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
@@ -454,21 +454,23 @@ class QueueAdmin:
                     raise
             info = await self._js.stream_info(wanted.name)
         found = info.config
-        if _plain(found.retention) != _plain(wanted.retention) or found.subjects != wanted.subjects:
+        if plain(found.retention) != plain(wanted.retention) or found.subjects != wanted.subjects:
             raise ConfigError(
                 f"the stream {wanted.name} exists, but is none of ours: it has subjects {found.subjects} and retention "
-                f"{_plain(found.retention)}, where {wanted.subjects} and {_plain(wanted.retention)} are needed for "
+                f"{plain(found.retention)}, where {wanted.subjects} and {plain(wanted.retention)} are needed for "
                 f"{names.endpoint}; delete it or use another DYNWIRE_NATS_PREFIX",
                 name=str(wanted.name),
                 value=found.subjects,
                 allowed=wanted.subjects,
             )
-        differences = _differences(wanted, found, settings)
-        if not worker or not differences:
+        if found.allow_msg_ttl:
+            wanted.allow_msg_ttl = True  # cannot be taken back, and the version of a server that was lost just now is not known
+        other = differences(wanted, found, settings)
+        if not worker or not other:
             return info
         for field in _FIXED:
-            if field in differences:
-                want, have = differences[field]
+            if field in other:
+                want, have = other[field]
                 raise ConfigError(
                     f"the stream {wanted.name} exists with {field} {have!r}; {settings[field]} says {want!r}, and JetStream "
                     f"cannot change that: set it to {have!r}, or delete the stream (and the requests in it)",
@@ -476,7 +478,7 @@ class QueueAdmin:
                     value=want,
                     allowed=have,
                 )
-        changes = ", ".join(f"{f} from {have} to {want}" for f, (want, have) in differences.items())
+        changes = ", ".join(f"{f} from {have} to {want}" for f, (want, have) in other.items())
         logger.warning(
             "the stream %s of %s had other settings than this worker; changed: %s", wanted.name, names.endpoint, changes
         )
@@ -494,9 +496,9 @@ class QueueAdmin:
         except NotFoundError:
             await self._js.add_consumer(names.stream, wanted)
             return
-        differences = _differences(wanted, found, _CONSUMER_SETTINGS)
-        if differences:
-            changes = ", ".join(f"{f} from {have} to {want}" for f, (want, have) in differences.items())
+        other = differences(wanted, found, _CONSUMER_SETTINGS)
+        if other:
+            changes = ", ".join(f"{f} from {have} to {want}" for f, (want, have) in other.items())
             logger.warning("the consumer of %s had other settings than this worker; changed: %s", names.endpoint, changes)
             await self._js.add_consumer(names.stream, wanted)
 

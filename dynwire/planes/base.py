@@ -142,6 +142,10 @@ class AsyncRequestPlaneClient(ABC):
     async def close(self) -> None:
         """Close every connection; calls in flight end with `ManagerClosed`."""
 
+    def stats(self) -> dict[str, Any]:
+        """Counters of this client, for diagnostics and tests. Which ones is the plane's; none by default."""
+        return {}
+
 
 class RequestPlaneClient(ABC):
     """Blocking twin of `AsyncRequestPlaneClient`; any thread may use it."""
@@ -153,6 +157,10 @@ class RequestPlaneClient(ABC):
 
     @abstractmethod
     def close(self) -> None: ...
+
+    def stats(self) -> dict[str, Any]:
+        """As of `AsyncRequestPlaneClient`. Any thread."""
+        return {}
 
 
 class AsyncRequestPlaneServer(ABC):
@@ -188,6 +196,10 @@ class AsyncRequestPlaneServer(ABC):
     async def close(self, grace: float = 0.0) -> None:
         """Stop listening, let requests in flight finish for up to ``grace`` seconds, close every connection."""
 
+    def stats(self) -> list[dict[str, Any]]:
+        """Counters of this server, for each of its connections; none by default."""
+        return []
+
 
 class RequestPlaneServer(ABC):
     """Blocking twin of `AsyncRequestPlaneServer`; any thread may use it."""
@@ -212,3 +224,7 @@ class RequestPlaneServer(ABC):
 
     @abstractmethod
     def close(self, grace: float = 0.0) -> None: ...
+
+    def stats(self) -> list[dict[str, Any]]:
+        """As of `AsyncRequestPlaneServer`. Any thread."""
+        return []

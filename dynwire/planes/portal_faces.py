@@ -191,6 +191,12 @@ class PortalClient(RequestPlaneClient):
         if self._client is not None:
             await self._client.close()
 
+    def stats(self) -> dict[str, Any]:
+        return self.portal.run(self._stats)
+
+    async def _stats(self) -> dict[str, Any]:
+        return self.async_client().stats()
+
 
 class PortalServer(RequestPlaneServer):
     """Blocking face of an `AsyncRequestPlaneServer` that lives on the portal's loop."""
@@ -221,3 +227,9 @@ class PortalServer(RequestPlaneServer):
 
     def close(self, grace: float = 0.0) -> None:
         self._portal.run(self._server.close, grace)
+
+    def stats(self) -> list[dict[str, Any]]:
+        return self._portal.run(self._stats)
+
+    async def _stats(self) -> list[dict[str, Any]]:
+        return self._server.stats()

@@ -20,7 +20,7 @@ import pytest
 from .test_launch import READY_S, ROOT, children_of, free_port
 
 MIXED = ROOT / "examples" / "mixed"
-EVENT_PLANES = {"tcp_nats_core": "nats", "tcp_no_events": "none"}
+EVENT_PLANES = {"tcp_jetstream": "jetstream", "tcp_nats_core": "nats", "tcp_no_events": "none"}
 
 for package in ("starlette", "granian", "tokenizers", "prometheus_client"):
     pytest.importorskip(package)

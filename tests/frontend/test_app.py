@@ -102,11 +102,6 @@ async def test_a_bug_is_an_error_for_the_client_and_for_the_server(monkeypatch: 
         assert frontend.metrics.in_flight == 0
 
 
-def test_what_the_kv_router_cannot_do_is_said() -> None:
-    with pytest.raises(ConfigError, match="not in this release"):
-        Frontend(load_config({"router_mode": "kv", "router_reset_states": True}))
-
-
 @pytest.mark.parametrize(
     ("settings", "text"), [({"event_plane": "none"}, "DYN_EVENT_PLANE is none"), ({"router_kv_events": False}, "--no-kv-events")]
 )

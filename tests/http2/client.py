@@ -444,6 +444,18 @@ def _(p: EnginePeer) -> None:
     p.until_closed()
 
 
+@s("An acknowledgement with a payload as the first frame is a connection error FRAME_SIZE_ERROR: section 6.5 names the code.")
+def _(p: EnginePeer) -> None:
+    p.send(f.frame(f.SETTINGS, f.ACK, 0, b"\x00"))
+    p.connection_error(f.FRAME_SIZE_ERROR)
+
+
+@s("SETTINGS on a stream as the first frame is a connection error PROTOCOL_ERROR.")
+def _(p: EnginePeer) -> None:
+    p.send(f.frame(f.SETTINGS, 0, 1, b"\x00\x03\x00\x00\x00\x64"))
+    p.connection_error(f.PROTOCOL_ERROR)
+
+
 s = more("5.1.1")
 
 

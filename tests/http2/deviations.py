@@ -44,7 +44,9 @@ BY_REASON: dict[str, list[str]] = {
     "ends the connection for a PRIORITY frame of a wrong length": [
         *ids("http2/6.3", 2), *ids("rfc9113/6.3", 1), *ids("client/6.3", 2),
     ],
-    "reports SETTINGS with ACK and a payload as PROTOCOL_ERROR": [*ids("http2/6.5", 1), *ids("client/6.5", 1)],
+    "reports SETTINGS with ACK and a payload as PROTOCOL_ERROR": [
+        *ids("http2/6.5", 1), *ids("client/6.5", 1), *ids("client/rfc9113/3.4", 4),
+    ],
     "answers DATA on a stream closed by END_STREAM with RST_STREAM": [*ids("http2/5.1", 11), *ids("client/5.1", 8)],
     "accepts any frame, and an acknowledgement, as the first one": [
         *ids("rfc9113/3.4", 1, 2, 3), *ids("client/rfc9113/3.4", 1, 2),

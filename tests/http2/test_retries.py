@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from typing import Any
 
 import pytest
@@ -216,6 +217,67 @@ async def test_an_http_client_at_a_tcp_server(face: str) -> None:
         assert "DYN_REQUEST_PLANE" in str(error)
         assert "http" in str(error)
         assert "tcp" in str(error)
+
+
+@FACES
+@pytest.mark.parametrize(
+    ("first", "code", "words"),
+    [
+        (f.frame(f.SETTINGS, 0, 1, bytes(6)), f.PROTOCOL_ERROR, "SETTINGS on a stream"),
+        (f.frame(f.SETTINGS, f.ACK, 0, b"\0"), f.FRAME_SIZE_ERROR, "its acknowledgement none"),
+    ],
+    ids=["on-a-stream", "acknowledgement"],
+)
+async def test_a_server_that_begins_with_a_wrong_frame(face: str, first: bytes, code: int, words: str) -> None:
+    """It speaks HTTP/2, so it is not said to be on another plane, and it is told by GOAWAY what was wrong."""
+    said: list[f.Frame] = []
+
+    async def script(raw: Raw) -> None:
+        assert await raw.reader.readexactly(len(f.PREFACE)) == f.PREFACE
+        raw.send(first)
+        said.append(await raw.type(f.GOAWAY))
+
+    async with raw_server(script) as server, managing(face) as manager:
+        direct = Direct(manager, server.address)
+        error = await outcome(direct.call(0))
+        assert isinstance(error, dynwire.ProtocolError), error
+        assert words in str(error) and server.address in str(error)
+        await eventually(lambda: said)
+        assert int.from_bytes(said[0].payload[4:8], "big") == code
+        await direct.close()
+
+
+@ONE_LOOP
+async def test_bytes_that_come_too_late_do_not_reset_the_connection(
+    monkeypatch: pytest.MonkeyPatch, loop_factory: object
+) -> None:
+    """A reset can overtake the GOAWAY before it: the server sees GOAWAY, then the end."""
+    servers: list[Raw] = []
+    make = HttpDialler.connection
+
+    class Socket(socket.socket):
+        def close(self) -> None:
+            servers[0].send(f.ping())
+            super().close()
+
+    def connection(dialler: HttpDialler, loop: asyncio.AbstractEventLoop, sock: socket.socket, address: str) -> Any:
+        return make(dialler, loop, Socket(fileno=sock.detach()), address)
+
+    monkeypatch.setattr(HttpDialler, "connection", connection)
+    got = bytearray()
+
+    async def script(raw: Raw) -> None:
+        servers.append(raw)
+        await raw.welcome()
+        raw.send(f.frame(f.PING, 0, 1, bytes(8)))
+        while data := await raw.reader.read(65536):
+            got.extend(data)
+
+    async with raw_server(script) as server, managing() as manager:
+        direct = Direct(manager, server.address)
+        assert isinstance(await outcome(direct.call(0)), dynwire.ProtocolError)
+        await eventually(lambda: b"PING on a stream" in got)
+        await direct.close()
 
 
 NATS = b'INFO {"server_id":"X","version":"2.10.0","proto":1,"max_payload":1048576}\r\n'

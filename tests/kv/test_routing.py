@@ -158,6 +158,27 @@ async def test_a_worker_that_left_is_not_chosen(discovery_dir: Path) -> None:
         assert all(tokens in worker.seen for worker in setup.workers)
 
 
+async def test_a_worker_that_refuses_is_not_the_only_one(discovery_dir: Path) -> None:
+    """The prompt goes to another worker, and its load is booked there and nowhere else."""
+    rng = random.Random(8)
+    async with AsyncExitStack() as stack:
+        setup = Setup(stack, "none")
+        await setup.start(2)
+        client = await setup.client()
+        tokens = prompt(rng)
+        await ask(client, tokens)
+        home = setup.of(tokens)
+        other = next(worker for worker in setup.workers if worker is not home)
+        home.manager.server().entries[PATH].draining = True  # type: ignore[attr-defined]  # its record is still there
+        other.gate.clear()
+        asking = asyncio.create_task(ask(client, tokens))
+        await eventually(lambda: other.seen)
+        assert {worker for worker, _ in client.kv.load.totals()} == {other.id}
+        other.gate.set()
+        assert (await asking)[-1]["finish_reason"] == "stop"
+        assert client.kv.load.requests == 0
+
+
 async def test_a_stream_that_is_left_early_frees_its_load(discovery_dir: Path) -> None:
     rng = random.Random(4)
     async with AsyncExitStack() as stack:

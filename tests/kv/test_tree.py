@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import random
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -350,3 +352,57 @@ def test_encoded_events_cut_or_changed_anywhere() -> None:
                 assert expected is not None, variant
                 twin.apply_event(4, expected)
                 assert content(tree) == content(twin), variant
+
+
+def test_a_tree_is_not_changed_while_its_snapshot_is_taken() -> None:
+    rng = random.Random(12)
+    tree = RadixTree()
+    for _ in range(200):
+        blocks = [rng.getrandbits(64) for _ in range(200)]
+        tree.store(1, 0, None, blocks, blocks)
+    before, stop = tree.snapshot(), threading.Event()
+    taken: list[bytes] = []
+
+    def take() -> None:
+        while not stop.is_set():
+            taken[:] = [tree.snapshot()]
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    try:
+        refused = 0
+        while refused < 5:
+            try:
+                tree.store(2, 0, None, [7], [7])
+                tree.remove_worker(2)
+            except RuntimeError as error:
+                assert "a snapshot of this tree is being taken" in str(error)
+                refused += 1
+            assert tree.find_matches(blocks).scores == {(1, 0): 200}
+    finally:
+        stop.set()
+        thread.join()
+    tree.remove_worker(2)
+    assert RadixTree.restore(taken[0]).entries in (40_000, 40_001)
+    assert len(tree.snapshot()) == len(before)
+
+
+def test_other_threads_run_while_a_tree_is_restored() -> None:
+    tree = RadixTree()
+    for start in range(0, 200_000, 1000):
+        blocks = list(range(start, start + 1000))
+        tree.store(1, 0, None, blocks, blocks)
+    data, restored = tree.snapshot(), threading.Event()
+
+    def restore() -> None:
+        assert RadixTree.restore(data).entries == 200_000
+        restored.set()
+
+    thread = threading.Thread(target=restore)
+    turns = 0
+    thread.start()
+    while not restored.is_set():
+        turns += 1
+        time.sleep(0)
+    thread.join()
+    assert turns > 3

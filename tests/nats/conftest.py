@@ -2,6 +2,7 @@
 
 ``own_nats_server``  one server with JetStream, for this test alone
 ``nats_cluster``     three of them that form a cluster
+``authority``        certificates for servers at 127.0.0.1, and for clients
 `OUTAGES`            what can happen to a server; each ends with the server ready again and says when that was
 
 A connection that stalls, is cut or reset at an exact byte: ``FaultProxy(server.url)`` of `dynwire.testing.proxy`; its ``address``
@@ -34,6 +35,27 @@ def nats_cluster(nats_server: NatsServer) -> Iterator[NatsCluster]:
     """Three servers with replicated JetStream. ``cluster.servers[0].kill()``, ``.start()``; ``cluster.wait_ready()``."""
     with NatsCluster(3, jetstream=True) as cluster:
         yield cluster
+
+
+@pytest.fixture(scope="session")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """PEM files: ``ca``, ``other`` (an authority that signed nothing), certificates ``server`` and ``client`` and their keys."""
+    import trustme
+
+    folder = tmp_path_factory.mktemp("tls")
+    ca, other = trustme.CA(), trustme.CA()
+    paths = {}
+    for name, one in (("ca", ca), ("other", other)):
+        one.cert_pem.write_to_path(folder / f"{name}.pem")
+        paths[name] = str(folder / f"{name}.pem")
+    for name in ("server", "client"):
+        leaf = ca.issue_cert("127.0.0.1", "localhost", common_name=name)
+        leaf.private_key_pem.write_to_path(folder / f"{name}.key")
+        for number, blob in enumerate(leaf.cert_chain_pems):
+            blob.write_to_path(folder / f"{name}.crt", append=number > 0)
+        paths[name] = str(folder / f"{name}.crt")
+        paths[f"{name}_key"] = str(folder / f"{name}.key")
+    return paths
 
 
 @dataclass(frozen=True)

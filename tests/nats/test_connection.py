@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trustme
 
 from dynwire._natsproto import CLOSED, DOWN, UP
 from dynwire.config import NatsConfig
@@ -339,24 +338,6 @@ async def test_permissions(port: str, caplog: pytest.LogCaptureFixture) -> None:
 
 
 # --- TLS
-
-
-@pytest.fixture(scope="module")
-def authority(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    folder = tmp_path_factory.mktemp("tls")
-    ca, other = trustme.CA(), trustme.CA()
-    paths = {}
-    for name, one in (("ca", ca), ("other", other)):
-        one.cert_pem.write_to_path(folder / f"{name}.pem")
-        paths[name] = str(folder / f"{name}.pem")
-    for name in ("server", "client"):
-        leaf = ca.issue_cert("127.0.0.1", "localhost", common_name=name)
-        leaf.private_key_pem.write_to_path(folder / f"{name}.key")
-        for number, blob in enumerate(leaf.cert_chain_pems):
-            blob.write_to_path(folder / f"{name}.crt", append=number > 0)
-        paths[name] = str(folder / f"{name}.crt")
-        paths[f"{name}_key"] = str(folder / f"{name}.key")
-    return paths
 
 
 @pytest.mark.parametrize("scheme", ["tls", "nats"])

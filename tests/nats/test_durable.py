@@ -23,9 +23,12 @@ import pytest
 import dynwire
 from dynwire.nats.connection import NatsConnection
 from dynwire.nats.queue import QueueNames
-from dynwire.nats.server import NatsServer, find_binary
+from dynwire.nats.server import NatsServer, find_binary, free_port
 from dynwire.types import EndpointId
+from tests.faults.conftest import in_time, outcome
 from tests.plane.faces import PATIENCE_S, Manager, eventually
+
+from .conftest import OUTAGES
 
 ROOT = Path(__file__).parent.parent.parent
 PROGRAM = Path(__file__).with_name("durable_worker.py")
@@ -430,6 +433,62 @@ async def test_a_running_request_outlives_a_killed_server(server: NatsServer, ma
         assert await client.call({"n": 2}) is not None
 
 
+async def test_nobody_waits_for_answers_that_were_lost_with_the_connection(
+    server: NatsServer, manager: Managers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that shuts down tells the worker, which asks for its queue anew, too late: for an answer that takes 100 s here."""
+    monkeypatch.setattr("dynwire.nats.queue.API_TIMEOUT_S", 100.0)
+    async with manager(DYNWIRE_NATS_QUEUE_ACK_WAIT=10.0) as made:
+        await made.serve("d.w.here", lambda request: request)
+        client = await made.client("d.w.here", wait=0)
+        for n in range(3):
+            assert await client.call(n) == n
+            await asyncio.to_thread(server.restart, kill=False)
+            assert await client.call(n) == n
+
+
+@pytest.mark.hard_timeout(90)
+@pytest.mark.parametrize("kind", ["suspended", "lame_duck"])
+async def test_an_outage_that_is_longer_than_deadlines(kind: str, server: NatsServer, manager: Managers) -> None:
+    """Every call ends in time, and afterwards everything works by itself."""
+    async with manager(nats_ping_interval=1.0) as made:
+        await made.serve("d.w.here", lambda request: request)
+        client = await made.client("d.w.here", wait=0)
+        assert await client.call(0) == 0
+        outage = asyncio.create_task(asyncio.to_thread(OUTAGES[kind], server))
+        for _ in range(4):
+            calls = [outcome(client.call(n, timeout=1.0)) for n in range(10)]
+            for n, (result, error, seconds) in enumerate(await asyncio.gather(*calls)):
+                in_time(seconds, 1.0, 0.0)
+                assert result == n if error is None else isinstance(error, dynwire.DeadlineExceeded), error
+        await outage
+        assert await client.call(1) == 1
+
+
+async def test_without_a_server_at_start(settings: dict[str, Any], managers: Managers) -> None:
+    settings |= {"NATS_SERVER": f"nats://127.0.0.1:{free_port()}", "DYNWIRE_NATS_CONNECT_TIMEOUT": 0.6}
+    async with managers() as made:
+        _, error, seconds = await outcome(made.serve("d.w.here", lambda request: request))
+        in_time(seconds, 0.6, 0.6)
+        assert isinstance(error, dynwire.ConnectError) and "NATS_SERVER" in str(error)
+        client = await made.client("d.w.here", wait=0)
+        _, error, seconds = await outcome(client.call(1, timeout=0.3))
+        in_time(seconds, 0.3, 0.0)
+        assert isinstance(error, (dynwire.ConnectError, dynwire.DeadlineExceeded)) and error.sent == "no"
+
+
+async def test_wrong_credentials(settings: dict[str, Any], managers: Managers) -> None:
+    with NatsServer(jetstream=True, monitor=False, username="u", password="right") as other:
+        settings |= {"NATS_SERVER": other.url, "NATS_AUTH_USERNAME": "u", "NATS_AUTH_PASSWORD": "wrong"}
+        async with managers() as made:
+            client = await made.client("d.w.here", wait=0)
+            for attempt in (made.serve("d.w.here", lambda request: request), client.call(1, timeout=5.0)):
+                _, error, seconds = await outcome(attempt)
+                in_time(seconds, 5.0, 0.0)
+                assert isinstance(error, dynwire.Unauthenticated) and error.sent == "no"
+                assert "NATS_AUTH_PASSWORD" in str(error) and "wrong" not in str(error)
+
+
 async def test_requests_made_while_the_server_is_away(server: NatsServer, managers: Managers, workers: Workers) -> None:
     async with managers() as made:
         client = await made.client("d.w.work", wait=0)
@@ -614,7 +673,11 @@ async def test_a_thousand_requests_across_a_restart_and_two_kills(
     record_property("durable storm", f"{len(answered)} answered, {len(failed)} failed, {duplicates} duplicates, {seconds:.1f} s")
     print(f"{len(answered)} answered, {len(failed)} failed, {duplicates} executions too many, {reported} marked, {seconds:.1f} s")
     assert len(answered) == count, failed[:3]
-    # What was run again says so, but for what the killed server had forgotten of its own counting.
+    # What was run again says so, but for what the killed server had forgotten of its own counting when another worker took it.
+    seen: dict[tuple[int, int], int] = {}
+    for n, attempt, pid in workers.executions():
+        assert attempt > seen.get((n, pid), 0), f"worker {pid} ran request {n} as number {attempt} after {seen[(n, pid)]}"
+        seen[(n, pid)] = attempt
     unmarked = sum(workers.attempts(n).count(1) - 1 for n in runs)
     print(f"{unmarked} executions not marked as repetitions")
     assert reported >= duplicates - unmarked

@@ -27,7 +27,7 @@ import pytest
 import dynwire
 from dynwire import ConnectError, DeadlineExceeded, MessageTooLarge, NoInstances, Overloaded, PeerLost, Unauthenticated
 from dynwire.nats.credentials import Operator, new_user_seed
-from dynwire.nats.server import NatsCluster, NatsServer, fetch, free_port
+from dynwire.nats.server import NatsCluster, NatsServer, ServerTls, fetch, free_port
 from tests.faults.conftest import PROGRAM, Worker, fails, in_time, known_as, outcome
 from tests.plane.faces import PATIENCE_S, Client, Manager, Signal, Stream, eventually
 
@@ -394,7 +394,27 @@ async def test_members_of_a_cluster_are_lost(managers: Managers) -> None:
                 await asyncio.to_thread(cluster.wait_ready)
 
 
+async def test_a_member_is_lost_over_tls(managers: Managers, authority: dict[str, str]) -> None:
+    """The caller knows of the other member from the one that it loses, and trusts its certificate as well."""
+    tls, settings = ServerTls(authority["server"], authority["server_key"]), {"nats_tls_ca": authority["ca"]}
+    with NatsCluster(2, tls=tls) as cluster:
+        first, second = cluster.servers
+        async with serving(second.url, Book(), **settings), managers(first.url, **settings) as manager:
+            echo, blocks = await manager.client(PATH.format("echo")), await manager.client(PATH.format("blocks"))
+            assert await echo.call("over tls") == "over tls"
+            async with blocks.stream((40, 20_000)) as stream:
+                got = [await stream.next()]
+                first.kill()
+                await works_again(echo, time.monotonic(), "over tls, at another member")
+                assert [len(item) async for item in stream] == [20_000] * (40 - len(got))
+
+
 # Slow consumers ----------------------------------------------------------------------------------------------------------------
+
+
+def connections(server: NatsServer) -> int:
+    found: int = json.loads(fetch(f"{server.monitor_url}/connz")[1])["num_connections"]
+    return found
 
 
 def slow_consumers(server: NatsServer) -> int:
@@ -417,6 +437,35 @@ async def test_readers_that_do_not_read(managers: Managers) -> None:
                     items += [item async for item in stream]
                     assert [int.from_bytes(bytes(item)[:4]) for item in items] == list(range(60))
             assert slow_consumers(server) == 0
+
+
+@pytest.mark.parametrize("face", ["async-uvloop"], indirect=True)
+async def test_slow_readers_of_many_clients_share_one_budget(managers: Managers) -> None:
+    """They share a connection, and what comes for all of them is bounded together: the NATS server throws nobody out."""
+    budget, number = 4 << 20, 8
+    with NatsServer(config="max_pending: 8388608") as server:
+        async with serving(server.url, Book()), managers(server.url, nats_credit_budget=budget) as manager:
+            (instance,) = await (await manager.client(PATH.format("blocks"))).wait_for_instances(1)
+            real: Any = manager.real
+            clients = [real.create_client() for _ in range(number)]
+            streams = []
+            for client in clients:
+                channel = client.channel(instance)
+                await channel.connect()
+                streams += [channel.stream((40, 50_000), PATIENCE_S) for _ in range(20)]
+            got = [[await anext(stream) for _ in range(3)] for stream in streams]
+            for _ in range(3):
+                time.sleep(0.2)  # noqa: ASYNC251  # nothing is read: all of it waits at the NATS server
+                await asyncio.sleep(0)
+                for items, stream in zip(got, streams, strict=True):
+                    items.append(await anext(stream))
+                granted = [client.stats()["granted"] for client in clients]
+                assert 0 < sum(granted) <= budget
+            for items, stream in zip(got, streams, strict=True):
+                items += [item async for item in stream]
+                assert [int.from_bytes(bytes(item)[:4]) for item in items] == list(range(40))
+            assert slow_consumers(server) == 0
+            assert sum(client.stats()["granted"] for client in clients) == 0
 
 
 class Blocks:
@@ -662,6 +711,26 @@ async def test_a_worker_is_killed(managers: Managers, start_worker: StartWorker)
             assert error.sent == "no"
             start_worker(server.url)
             await works_again(echo, time.monotonic(), "with another worker")
+
+
+@both_apis
+async def test_streams_do_not_see_that_one_of_two_workers_was_killed(managers: Managers, start_worker: StartWorker) -> None:
+    """Its instance is in the table, and it was heard of a moment ago: streams are opened there, and then elsewhere."""
+    with NatsServer() as server:
+        doomed, other = start_worker(server.url), start_worker(server.url)
+        async with managers(server.url, discovery_ttl=60.0) as manager:
+            client, echo = await manager.client("f.w.endless", wait=2), await manager.client("f.w.echo", wait=2)
+            there = {instance.address: instance.id for instance in await client.wait_for_instances(2)}
+            for instance in await echo.wait_for_instances(2):
+                await echo.call(0, instance=instance.id)
+            before = connections(server)
+            await asyncio.to_thread(doomed.kill)
+            await eventually(lambda: connections(server) < before)
+            async with AsyncExitStack() as stack:
+                streams = [await stack.enter_async_context(client.stream(10)) for _ in range(8)]
+                for stream in streams:
+                    assert (await stream.next())[0] == 0
+                    assert stream.real.instance_id == there[other.address]
 
 
 @both_apis

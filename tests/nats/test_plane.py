@@ -14,11 +14,12 @@ import pytest
 
 import dynwire
 from dynwire import Instance
+from dynwire._natsproto import CallbackSink
 from dynwire.config import NatsConfig
 from dynwire.nats import NatsConnection
 from dynwire.nats.server import NatsServer, find_binary
 
-from .kept import WAIT_S, eventually
+from .kept import WAIT_S, connected, eventually
 
 pytest.importorskip("nats")
 
@@ -374,6 +375,48 @@ async def test_requests_wait_for_the_server(server: NatsServer, discovery_dir: P
         assert caught.value.sent == "no"
         await asyncio.to_thread(server.start)
         assert await asyncio.gather(*waiting) == list(range(8))
+
+
+async def test_a_reply_above_the_callers_limit(server: NatsServer, discovery_dir: Path) -> None:
+    """Only the caller knows its limit; that the handler has run is certain."""
+
+    async def grow(request: Any) -> bytes:
+        return bytes(20_000)
+
+    async with manager(server, discovery_dir) as one, manager(server, discovery_dir, tcp_max_message_size=10_000) as small:
+        await served(one, grow)
+        client = await small.endpoint(PATH).client()
+        await client.wait_for_instances(1, timeout=WAIT_S)
+        with pytest.raises(dynwire.MessageTooLarge) as caught:
+            await client.call(b"", timeout=WAIT_S)
+        assert (caught.value.size, caught.value.limit, caught.value.sent) == (20_000, 10_000, "yes")
+
+
+async def test_a_worker_that_answers_nobody(server: NatsServer, discovery_dir: Path) -> None:
+    """It is there, and silent: those who want to connect to it end in time, and leave nothing behind."""
+    silent = Instance(1, "demo", "worker", "generate", "nats", "nats:dynwire.i.silent")
+    asked = asyncio.Event()
+    async with manager(server, discovery_dir) as one, connected(server.url, ping_interval=2.9) as connection:
+        subscription = await connection.subscribe(
+            "dynwire.i.silent._",
+            CallbackSink(lambda *message: asked.set(), lambda begin: None, lambda *state: None, lambda: None),
+        )
+        client: Any = one.create_client()
+        channel = client.channel(silent)
+        for _ in range(3):
+            asked.clear()
+            with pytest.raises(dynwire.ConnectError, match="DYNWIRE_NATS_CONNECT_TIMEOUT"):
+                await channel.connect(0.05)
+            await asked.wait()
+        peer = client._peers[silent.address]
+        assert [waiter for waiter in peer.waiters if not waiter.done()] == []
+        asked.clear()
+        connecting = asyncio.create_task(channel.connect(WAIT_S))
+        await asked.wait()
+        await client.close()
+        with pytest.raises(dynwire.ManagerClosed):
+            await connecting
+        subscription.unsubscribe()
 
 
 async def test_a_frozen_server(server: NatsServer, discovery_dir: Path) -> None:

@@ -437,6 +437,15 @@ async def test_the_planes_own_server_and_client(managers: Managers) -> None:
             assert await asyncio.to_thread(channel.call, {"a": 1}, 5.0) == {"a": 1}
             assert channel.in_flight == 0
         assert server.in_flight() == 0
+        if isinstance(real, dynwire.AsyncNetworkManager):
+            ours, theirs = client.stats(), server.stats()
+        else:
+            ours, theirs = await asyncio.to_thread(client.stats), await asyncio.to_thread(server.stats)
+        if server.plane == "nats":
+            assert ours["up"] and ours["streams"] == ours["waiting"] == ours["granted"] == 0 and theirs[0]["up"]
+        elif server.plane != "memory":  # which counts nothing
+            (connections,) = ours.values()
+            assert [side["streams"] for side in connections] == [0] and len(theirs) == 1
         other = Instance(1, "a", "b", "c", "http" if server.plane == "nats" else "nats", "x")
         with pytest.raises(dynwire.PlaneMismatch):
             if isinstance(real, dynwire.AsyncNetworkManager):

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -108,6 +110,82 @@ async def test_an_overloaded_instance_is_not_the_only_one(managers: Managers) ->
             await client.call(3)
         release.set()
         assert await asyncio.gather(*calls) == [0, 1]
+
+
+@pytest.mark.not_queued("workers take what they can run, nobody refuses")
+async def test_a_stream_that_is_refused_goes_to_another_instance(managers: Managers) -> None:
+    """As a call does, although the refusal comes when the stream is open. Its context stays the same."""
+    release = Signal()
+    ids: list[str | None] = []
+
+    def handler_of(name: str) -> Any:
+        async def handler(request: Any, context: dynwire.Context) -> AsyncIterator[list[Any]]:
+            ids.append(context.id)
+            yield [name, 0]
+            if request == "hold":
+                await release.wait()
+            yield [name, 1]
+
+        return handler
+
+    async with managers() as one, managers() as two, managers() as caller:
+        full = await one.serve(PATH, handler_of("one"), max_in_flight=1)
+        await two.serve(PATH, handler_of("two"))
+        client = await caller.client(PATH, wait=2)
+        async with client.stream("hold", instance=full.instance.id) as held:
+            assert await held.next() == ["one", 0]
+            for n in range(4):
+                async with client.stream(n) as stream:
+                    context = stream.context
+                    assert await stream.next() == ["two", 0]
+                    assert await stream.next() == ["two", 1]
+                    assert stream.context is context
+                    assert context.id == ids[-1]
+                assert [item async for item in client.stream(n)] == [["two", 0], ["two", 1]], "without `with`"
+            # an instance that was named is the only one
+            with pytest.raises(dynwire.Overloaded) as caught:
+                await client.items(5, instance=full.instance.id)
+            assert caught.value.sent == "no"
+            release.set()
+            assert await held.next() == ["one", 1]
+        assert len(ids) == 9
+
+
+@pytest.mark.faces("async")
+@pytest.mark.planes("tcp", "http", "nats")
+@pytest.mark.not_queued("a queue keeps what nobody serves")
+async def test_a_stream_that_is_being_opened_anew_may_be_cancelled_or_closed(managers: Managers) -> None:
+    """Whoever was cancelled may come again, and gets the first item; a stream that was closed gives none."""
+
+    async def numbers(request: int) -> AsyncIterator[int]:
+        for n in range(request):
+            yield n
+
+    async with managers() as worker, managers() as caller:
+        await worker.serve(PATH, numbers)
+        server: Any = worker.real.server()
+        client = await caller.client(PATH)
+        assert await client.items(2) == [0, 1]
+        entry = client.real._home.table.entries[0]
+        for ends in ("cancelled", "closed"):
+            handler = server.entries[PATH].handler
+            await server.remove_endpoint(PATH)  # its record is still there
+            await eventually(lambda: time.monotonic() >= entry.retry_at)
+            async with client.stream(2) as stream:
+                waiting = asyncio.create_task(stream.next())
+                await eventually(lambda stream=stream: stream.real._opening._failure is not None)
+                server.add_endpoint(PATH, handler)
+                if ends == "cancelled":
+                    waiting.cancel()
+                    with pytest.raises(asyncio.CancelledError):
+                        await waiting
+                    await eventually(lambda: time.monotonic() >= entry.retry_at)
+                    assert [item async for item in stream] == [0, 1]
+                else:
+                    stream.close()
+                    with pytest.raises(dynwire.DynwireError) as caught:
+                        await waiting
+                    assert isinstance(caught.value, (dynwire.Cancelled, dynwire.EndpointNotFound))
 
 
 async def test_blocking_handlers_do_not_hold_up_others(managers: Managers) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -378,3 +379,32 @@ async def test_a_stream_of_a_closed_manager(managers: Managers) -> None:
             await client.items(1)
         with pytest.raises(dynwire.ManagerClosed):
             await caller.client(PATH)
+
+
+@pytest.mark.faces("async")
+@pytest.mark.planes("tcp", "http")
+async def test_a_stream_whose_items_take_long_leaves_the_loop_to_others(managers: Managers) -> None:
+    """What a worker is ahead of its caller does not become one long turn of the caller's loop."""
+    items, turns = 1000, 0
+
+    async def produce(request: Any) -> AsyncIterator[bytes]:
+        for _ in range(items):
+            yield bytes(1024)
+
+    def turn() -> None:
+        nonlocal turns
+        turns += 1
+        loop.call_soon(turn)
+
+    async with managers() as manager:
+        await manager.serve(PATH, produce)
+        client = await manager.client(PATH)
+        loop = asyncio.get_running_loop()
+        seen = 0
+        async for _ in client.stream(None):
+            if not seen:
+                turn()
+            seen += 1
+            time.sleep(0.0003)  # noqa: ASYNC251 - the loop's thread is meant to be busy
+        assert seen == items
+        assert turns > 30  # some 200; without the limit 3 to 17

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from dynwire._natswire import EventWire, NatsPeer, NatsTarget
+from dynwire._natsqueue import EventWire
+from dynwire._natswire import NatsPeer, NatsTarget
 
 Message = tuple[bytes, bytes | None, bytes, bytes]
 """subject, reply, headers, payload"""

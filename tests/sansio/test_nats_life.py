@@ -7,6 +7,7 @@ import math
 
 import pytest
 
+from dynwire._natsqueue import EventWire
 from dynwire._natswire import LIMITS
 
 from .natspair import CLIENT, DOWN, NOBODY, PATH, UP, WORKER, Event, Message, Pair, block, of
@@ -34,6 +35,58 @@ def test_a_worker_stops_without_credit() -> None:
     assert count == -(-FIRST_CREDIT // (1000 + OVERHEAD))
     pair.pass_on()
     assert fill(pair, number, 1000) == 0, "items that arrived and were not taken give no credit"
+
+
+def test_clients_of_one_connection_share_its_budget() -> None:
+    """What comes for all of them waits in one buffer of the NATS server's."""
+    pair = Pair(client={"budget": 4 * FIRST_CREDIT})
+    other = EventWire(True, b"_INBOX.ffffffffffffffff.", budget=4 * FIRST_CREDIT)
+    other.share_port(pair.client)
+    port = pair.client.port_
+    streams = [pair.client.request(pair.target) for _ in range(3)]
+    last = other.request(pair.target)
+    waiting = [other.request(pair.target), pair.client.request(pair.target)]
+    assert (other.waiting_requests, pair.client.waiting_requests) == (1, 1)
+    assert port.granted == pair.client.granted + other.granted == 4 * FIRST_CREDIT
+    pair.client.cancel(streams[0].number, 2)  # its credit is everybody's
+    assert [stream.waiting for stream in waiting] in ([True, False], [False, True])
+    other.cancel(last.number, 2)
+    assert [stream.waiting for stream in waiting] == [False, False]
+    assert port.granted == pair.client.granted + other.granted == 4 * FIRST_CREDIT
+    assert len(other.lost()) == 1
+    assert port.granted == pair.client.granted == 3 * FIRST_CREDIT
+
+
+def test_the_end_of_a_client_lets_others_go_on() -> None:
+    pair = Pair(client={"budget": FIRST_CREDIT})
+    other = EventWire(True, b"_INBOX.ffffffffffffffff.", budget=FIRST_CREDIT)
+    other.share_port(pair.client)
+    other.request(pair.target)
+    stream = pair.client.request(pair.target)
+    assert stream.waiting
+    other.lost()
+    assert not stream.waiting and pair.client.port_.granted == FIRST_CREDIT
+    pair.client.cancel(stream.number, 2)
+    assert pair.client.port_.granted == 0
+
+
+def test_a_window_does_not_grow_at_the_cost_of_others() -> None:
+    pair = Pair(client={"budget": 8 * FIRST_CREDIT})
+    other = EventWire(True, b"_INBOX.ffffffffffffffff.", budget=8 * FIRST_CREDIT)
+    other.share_port(pair.client)
+    number = pair.ask()
+    for _ in range(4):
+        other.request(pair.target)
+    count = fill(pair, number, 1000)
+    pair.pass_on()
+    pair.client.take(number, count * (1000 + OVERHEAD))
+    assert pair.client.granted == FIRST_CREDIT, "more than half of the budget is granted"
+    other.lost()
+    pair.pass_on()
+    count = fill(pair, number, 1000)
+    pair.pass_on()
+    pair.client.take(number, count * (1000 + OVERHEAD))
+    assert pair.client.granted == 2 * FIRST_CREDIT
 
 
 def test_an_item_may_start_while_there_is_credit() -> None:

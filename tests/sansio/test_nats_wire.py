@@ -8,7 +8,8 @@ import pytest
 
 from dynwire import DynwireError, MessageTooLarge, Overloaded, Payload, PlaneMismatch
 from dynwire._buffers import get_pool
-from dynwire._natswire import LIMITS, EventWire, NatsPeer, NatsTarget, read_headers, write_headers
+from dynwire._natsqueue import EventWire
+from dynwire._natswire import LIMITS, NatsPeer, NatsTarget, read_headers, write_headers
 from dynwire.wire.faults import error_body, error_from_body
 
 from .natspair import CLIENT, DOWN, NOBODY, PATH, QUEUE, UP, WORKER, Message, Pair, block, of

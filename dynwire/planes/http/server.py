@@ -16,6 +16,7 @@ from ..sockets.address import split_address
 from ..sockets.server import AsyncSocketServer
 from .address import HttpAddress, http2_limits
 from .offenders import PAUSE_S, Offenders, is_abuse
+from .parting import Parting
 from .tls import server_context
 
 _JSON_HEAD: http_api.Headers = [(b"content-type", http_api.JSON)]
@@ -41,6 +42,8 @@ class AsyncHttpServer(AsyncSocketServer):
         self._tls = server_context(config)
         self._scheme = "http" if self._tls is None else "https"
         self._offenders = Offenders()
+        self.parting = Parting()
+        """sockets of connections that broke the protocol, which these hand over"""
 
     @property
     def port(self) -> int:
@@ -84,6 +87,10 @@ class AsyncHttpServer(AsyncSocketServer):
             host = split_address(str(connection.peer))[0]
             if self._offenders.note(host, time.monotonic()):
                 self._log.warning("%s; new connections from %s are read after %g s, with smaller budgets", error, host, PAUSE_S)
+
+    async def close(self, grace: float = 0.0) -> None:
+        await super().close(grace)
+        self.parting.close()
 
     # Pages -------------------------------------------------------------------------------------------------------------------
 

@@ -79,17 +79,21 @@ class AsyncNatsClient(AsyncRequestPlaneClient):
             if peer.leaving:
                 raise ConnectError(f"{peer.address} is shutting down", peer=peer.address)
             asked = self.link.ask_peer(peer)
-            # asked again after a while: a message may be lost
-            await asyncio.wait((asked,), timeout=min(left, ASK_AGAIN_S))
-            if asked.done():
+            try:
+                # asked again after a while: a message may be lost
+                await asyncio.wait((asked,), timeout=min(left, ASK_AGAIN_S))
+            finally:
+                if not asked.done():
+                    asked.cancel()  # a worker that says nothing keeps no list of those who have asked
+            if self._closed:
+                raise ManagerClosed("the client is closed")
+            if not asked.cancelled():
                 error = asked.result()
                 if error is None:
                     return
                 if not self.link.unsettled:
                     raise error
                 await asyncio.sleep(min(left, ASK_SOON_S))
-            if self._closed:
-                raise ManagerClosed("the client is closed")
         raise ConnectError(
             f"{peer.address} did not answer within {limit:.3g} s (DYNWIRE_NATS_CONNECT_TIMEOUT)", peer=peer.address
         )

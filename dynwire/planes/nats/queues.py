@@ -18,8 +18,9 @@ from ...nats.pull import QueueConsumer
 from ...nats.queue import QueueNames
 from ...types import EndpointId, Instance
 
-OPEN_TIMEOUT_S = 10.0
-"""to find or make a queue, where nobody named a shorter time: a cluster may have to elect a leader first"""
+OPEN_TIMEOUT_S = 30.0
+"""to find or make a queue, where nobody named a shorter time. A cluster that has just lost a member elects leaders first: of
+JetStream, of the queue and of its new consumer, in 4 to 9 s each (nats-server 2.15)"""
 
 QUEUE_ID = 0
 """id of the instance that stands for a queue; real ones are random"""
