@@ -54,13 +54,13 @@ class Shell:
             process.communicate()
 
 
-@pytest.fixture(params=["zmq", "nats"])
+@pytest.fixture(params=["zmq", "nats", "jetstream"])
 def settings(request: pytest.FixtureRequest) -> dict[str, Any]:
     if request.param == "zmq":
         pytest.importorskip("zmq")
         return {"event_plane": "zmq"}
     server, prefix = request.getfixturevalue("nats_server"), request.getfixturevalue("nats_prefix")
-    return {"event_plane": "nats", "nats_servers": server.url, "nats_prefix": prefix}
+    return {"event_plane": request.param, "nats_servers": server.url, "nats_prefix": prefix}
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ async def test_tail_as_json_counts_what_is_lost(
         process = shell.start("tail", "demo.worker.generate", "--json")
         await following(process, first)
         with monkeypatch.context() as patch:
-            patch.setattr(first._sender, "send", lambda *data: None)
+            patch.setattr(first._sender, "send", lambda *data, **more: None)
             for _ in range(3):
                 first.publish_cleared()
             await eventually(lambda: not first._waiting)
@@ -160,7 +160,7 @@ async def test_tail_as_json_counts_what_is_lost(
         assert (stored["event_id"], stored["epoch"]) == (first.index.last_id(), first.index.epoch)
         # the last one is missed too, by the numbers that are repeated
         with monkeypatch.context() as patch:
-            patch.setattr(first._sender, "send", lambda *data: None)
+            patch.setattr(first._sender, "send", lambda *data, **more: None)
             first.publish_cleared()
             await eventually(lambda: not first._waiting)
         assert json.loads(await line_of(process))["missed"] == 1

@@ -54,7 +54,10 @@ async def _tail(config: Config, path: EndpointId, count: int | None, as_json: bo
     receiver = open_tap(config, path.namespace, path.component)
     if receiver is None:
         raise ConfigError(
-            "DYN_EVENT_PLANE is none: there are no events to print", name="DYN_EVENT_PLANE", value="none", allowed="nats, zmq"
+            "DYN_EVENT_PLANE is none: there are no events to print",
+            name="DYN_EVENT_PLANE",
+            value="none",
+            allowed="jetstream, nats, zmq",
         )
     ended = asyncio.Event()
     printer = _Printer(as_json, count, ended.set)

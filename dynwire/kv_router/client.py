@@ -56,6 +56,17 @@ def _candidates(route: Route, exclude: set[int]) -> list[Worker]:
     return out
 
 
+def _best_worker(
+    kv: KvRouter, route: Route, token_ids: Sequence[int], request_id: str | None, lora: str | None, exclude: set[int]
+) -> Decision:
+    candidates = _candidates(route, exclude)
+    if not candidates:
+        known = len(route.table)
+        text = f"no instance of {route.path} can take a request: {known} known, all of them excluded or set aside"
+        raise route.explain(NoInstances(text, endpoint=route.path, details={"known": known}))
+    return kv.choose(token_ids, candidates, request_id or "", lora=lora, book=request_id is not None, explain=True)
+
+
 def _only(items: list[Any], endpoint: str) -> Any:
     if len(items) != 1:
         raise ProtocolError(
@@ -169,18 +180,20 @@ class KvAsyncClient(AsyncClient):
     ) -> Decision:
         """Where a prompt would go now, without sending it; the alternatives are in the decision.
 
-        With ``request_id`` its load is booked: it has to be followed by ``kv.finish(request_id)``, and by ``kv.first_token`` when
-        that comes. ``exclude`` names instances. Raises `NoInstances`, `PlaneMismatch`.
+        With ``request_id`` its load is booked: it has to be followed by `finish`, and by `first_token` when that comes.
+        ``exclude`` names instances. Raises `NoInstances`, `PlaneMismatch`.
         """
         self._check_open()
         assert self._mine is not None
-        candidates = _candidates(self._mine, set(exclude))
-        if not candidates:
-            known = len(self._mine.table)
-            text = f"no instance of {self.endpoint} can take a request: {known} known, the others are excluded or set aside"
-            raise self._mine.explain(NoInstances(text, endpoint=self.endpoint, details={"known": known}))
-        book = request_id is not None
-        return self.kv.choose(token_ids, candidates, request_id or "", lora=lora, book=book, explain=True)
+        return _best_worker(self.kv, self._mine, token_ids, request_id, lora, set(exclude))
+
+    def first_token(self, request_id: str, cached_tokens: int | None = None) -> None:
+        """The first token of a request that `best_worker` has booked came."""
+        self.kv.first_token(request_id, cached_tokens)
+
+    def finish(self, request_id: str) -> None:
+        """A request that `best_worker` has booked is over."""
+        self.kv.finish(request_id)
 
     def _open_now(self, request: StreamRequest) -> None:
         return None  # the way of one call after another is not this router's
@@ -302,6 +315,30 @@ class KvClient(Client):
         for gone in self._known - known:
             self.kv.remove_worker(gone)
         self._known = known
+
+    def best_worker(
+        self,
+        token_ids: Sequence[int],
+        request_id: str | None = None,
+        *,
+        lora: str | None = None,
+        exclude: Collection[int] = (),
+    ) -> Decision:
+        """As `KvAsyncClient.best_worker`; `finish` and `first_token` release what was booked."""
+        route = self._route()
+
+        async def decide() -> Decision:
+            return _best_worker(self.kv, route, token_ids, request_id, lora, set(exclude))
+
+        return self._manager._portal.run(decide)
+
+    def first_token(self, request_id: str, cached_tokens: int | None = None) -> None:
+        """The first token of a request that `best_worker` has booked came."""
+        self._tell(self.kv.first_token, request_id, cached_tokens)
+
+    def finish(self, request_id: str) -> None:
+        """A request that `best_worker` has booked is over."""
+        self._tell(self.kv.finish, request_id)
 
     async def _choose(self, tokens: list[int], candidates: list[Worker], request_id: str) -> Decision:
         return self.kv.choose(tokens, candidates, request_id)

@@ -213,7 +213,7 @@ class RouterService:
         booking = _booking(request.request_id)
         if booking not in self._bookings:
             return BookingAnswer(False)
-        self.client.kv.first_token(booking, request.cached_tokens)
+        self.client.first_token(booking, request.cached_tokens)
         self._remember(booking)
         return BookingAnswer(True)
 
@@ -222,7 +222,7 @@ class RouterService:
         booking = _booking(request.request_id)
         if self._bookings.pop(booking, None) is None:
             return BookingAnswer(False)
-        self.client.kv.finish(booking)
+        self.client.finish(booking)
         return BookingAnswer(True)
 
     async def generate(self, request: Any, context: Context) -> AsyncIterator[Any]:

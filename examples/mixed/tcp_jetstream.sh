@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Requests over tcp, KV events over JetStream: they and the router's index are stored there, for routers that start. See --help.
-title="KV events over JetStream."
+# Requests over tcp, KV events through JetStream: stored there, with snapshots of the index for routers that start. See --help.
+title="KV events through JetStream."
 events=jetstream
 frontend_flags=()
 # shellcheck source=common.sh

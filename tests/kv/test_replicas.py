@@ -282,7 +282,7 @@ def test_load_of_others_counts_in_decisions() -> None:
 Routers = Callable[..., AbstractAsyncContextManager[KvRouter]]
 
 
-@pytest.fixture(params=["zmq", "nats"])
+@pytest.fixture(params=["zmq", "nats", "jetstream"])
 def transport(request: pytest.FixtureRequest) -> dict[str, Any]:
     """Settings of an event plane."""
     if request.param == "zmq":

@@ -229,5 +229,15 @@ async def test_blocking_callers_are_routed_the_same_way(discovery_dir: Path) -> 
                 for tokens in prompts:
                     with client.stream({"token_ids": [*tokens, 1]}, timeout=20) as stream:
                         assert next(stream)["cached_tokens"] == 40
+                decision = client.best_worker([*prompts[0], 1], "mine")
+                assert (decision.overlap_blocks, len(decision.alternatives)) == (10, 2)
+                assert client.kv.load.requests == 1
+                client.first_token("mine")
+                client.finish("mine")
+                while client.kv.load.requests:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.01)
+                with pytest.raises(dynwire.NoInstances):
+                    client.best_worker([1], exclude=[choice.worker[0] for choice in decision.alternatives])
 
         await asyncio.to_thread(work)
