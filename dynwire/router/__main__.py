@@ -26,6 +26,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
 SWITCHES: dict[str, tuple[str, bool]] = {
     "router.kv_events": ("--no-kv-events", False),
     "router.replica_sync": ("--router-replica-sync", True),
+    "router.reset_states": ("--router-reset-states", True),
 }
 
 
