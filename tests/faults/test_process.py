@@ -175,6 +175,9 @@ def test_fork_in_a_threaded_program(program: list[str], face: str) -> None:
     lines, _ = run(
         program,
         """
+        import warnings
+        # Python 3.12 and later say so; that it works here is what this test is about
+        warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
         manager = dynwire.NetworkManager()
         client = client_of(manager, "echo")
         stop = threading.Event()
