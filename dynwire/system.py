@@ -102,6 +102,12 @@ def address() -> str | None:
     return None if server is None else server.address
 
 
+def announcement() -> str:
+    """What the start line of a process adds: ``, system port host:port``, or nothing."""
+    found = address()
+    return "" if found is None else f", system port {found}"
+
+
 def after_fork_in_child() -> None:
     """The port is the parent's. A manager of the child may open another one."""
     global _lock, _server
@@ -293,7 +299,7 @@ async def _read_request(session: Http1Session, reader: asyncio.StreamReader) -> 
                     return path, 404, f"there is no {path} here, but {', '.join(PATHS)}"
                 if fields[b":method"] not in (b"GET", b"HEAD"):
                     return path, 405, f"{fields[b':method'].decode('latin-1')} is not possible here, GET and HEAD are"
-                if ("end",) not in events:
+                if ("end",) not in events or any(found[0] == "data" for found in events):
                     return path, 400, "the request has a body, which means nothing here"
                 return path, 200, ""
         if not data:
