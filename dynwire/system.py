@@ -256,8 +256,8 @@ class SystemServer:
             for report in reports
             for served in report.served
         ]
-        shown = {"status": status, "pid": os.getpid(), "instances": instances}
-        return 200 if status == "ready" else 503, JSON, orjson.dumps(shown)
+        body = orjson.dumps({"status": status, "pid": os.getpid(), "instances": instances})
+        return 200 if status == "ready" else 503, JSON, body
 
     async def _ask(self) -> tuple[list[Report], int]:
         """What the managers say, each on its own loop, and how many loops gave no answer. Stopped loops are not asked."""
@@ -281,7 +281,12 @@ def _tell(asking: asyncio.AbstractEventLoop, answer: asyncio.Future[Report], rep
     """On a manager's loop: make the report and hand it over."""
     found = report()
     with contextlib.suppress(RuntimeError):  # the system port was closed in the meantime
-        asking.call_soon_threadsafe(lambda: answer.done() or answer.set_result(found))
+        asking.call_soon_threadsafe(_take, answer, found)
+
+
+def _take(answer: asyncio.Future[Report], report: Report) -> None:
+    if not answer.done():
+        answer.set_result(report)
 
 
 async def _read_request(session: Http1Session, reader: asyncio.StreamReader) -> tuple[str, int, str]:
