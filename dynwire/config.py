@@ -648,6 +648,12 @@ class SystemConfig(_Part):
         "port of /health, /live and /metrics; 0: any free one",
         default_text="off",
     )
+    system_host: str = setting(
+        "127.0.0.1",
+        "DYNWIRE_SYSTEM_HOST",
+        Host(wildcard=True),
+        "address to bind for the system port; whoever reaches it sees endpoints and addresses",
+    )
 
 
 ROUTER_MODES = ("round-robin", "random", "p2c", "least-loaded", "kv")

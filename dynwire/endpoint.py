@@ -73,7 +73,7 @@ class AsyncEndpoint(_Endpoint):
         Raises `ConfigError` (wrong handler, endpoint served already), `BindError`, `ConnectError` from discovery.
         """
         manager = self._manager
-        manager._check()
+        manager._join_system()
         prepared = self._handler(handler, request_type, codec, max_in_flight)
         runtime = await manager._runtime()
         registration = await runtime.serve(self.id, prepared, dict(metadata or {}))
@@ -98,7 +98,7 @@ class AsyncEndpoint(_Endpoint):
         endpoints whose instances are not alike; it is asked at every change of discovery. Raises `ConfigError`.
         """
         manager = self._manager
-        manager._check()
+        manager._join_system()
         if router == "kv":
             from .kv_router.client import KvAsyncClient
 
@@ -131,7 +131,7 @@ class Endpoint(_Endpoint):
         Async handlers run on the manager's background event loop, plain ones in its threads.
         """
         manager = self._manager
-        manager._check()
+        manager._join_system()
         prepared = self._handler(handler, request_type, codec, max_in_flight)
         runtime, registration = manager._serve(self.id, prepared, dict(metadata or {}))
         return manager._remember_service(Service(manager, runtime, registration))
@@ -146,7 +146,7 @@ class Endpoint(_Endpoint):
     ) -> Client:
         """A client of the endpoint that follows its instances from now on; see `AsyncEndpoint.client`."""
         manager = self._manager
-        manager._check()
+        manager._join_system()
         if router == "kv":
             from .kv_router.client import KvClient
 

@@ -8,9 +8,10 @@ import contextlib
 import os
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
+from . import system
 from .client import AsyncClient, Client
 from .config import Config, load_config
 from .discovery import Watch
@@ -19,7 +20,7 @@ from .errors import ConfigError, DynwireError, ForkedManager, ManagerClosed
 from .handlers import HandlerExecutor
 from .planes.base import AsyncRequestPlaneClient, AsyncRequestPlaneServer, RequestPlaneClient, RequestPlaneServer
 from .portal import Portal, check_may_block
-from .runtime import LoopRuntime, Plane, Registration
+from .runtime import LoopRuntime, Plane, Registration, Report, connections
 from .service import AsyncService, Service
 from .types import EndpointId, Handler, Instance
 
@@ -110,6 +111,7 @@ class _Manager:
         """All settings, as they were when the manager was made"""
         self._plane = load_plane(self.config.request_plane)
         self._closed = False
+        self._joined = self.config.system.system_port is None
         self._lock = threading.Lock()
         self._executor: HandlerExecutor | None = None
         self._clients: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -129,6 +131,17 @@ class _Manager:
     def _check(self) -> None:
         if self._closed:
             raise ManagerClosed("the manager is closed")
+
+    def _reporters(self) -> Iterable[tuple[asyncio.AbstractEventLoop, Callable[[], Report]]]:
+        """What to call on which loop to know what this manager is doing. Any thread."""
+        raise NotImplementedError
+
+    def _join_system(self) -> None:
+        """Before serving and calling: open the system port if the process is to have one. Raises `BindError`, `ConfigError`."""
+        self._check()
+        if not self._joined:
+            system.join(self, self.config)
+            self._joined = True
 
     def _handler_executor(self) -> HandlerExecutor:
         with self._lock:
@@ -166,6 +179,7 @@ class _Manager:
     def _after_fork(self) -> None:
         """In the child, with no other thread: what was the parent's stays the parent's."""
         self._lock = threading.Lock()
+        self._joined = self.config.system.system_port is None
         self._executor = None
         for service in self._services:
             service._forked = True
@@ -204,10 +218,12 @@ class AsyncNetworkManager(_Manager):
 
     def server(self) -> AsyncRequestPlaneServer:
         """The plane's server on the running loop, the one that `serve` uses; it is started there or by its ``start``."""
+        self._join_system()
         return self._local_runtime().server()
 
     def create_client(self) -> AsyncRequestPlaneClient:
         """A new client of the plane for the running loop: connections by instance, below discovery and routing."""
+        self._join_system()
         return self._local_runtime().create_client()
 
     async def list_instances(self, path: str | EndpointId | None = None) -> tuple[Instance, ...]:
@@ -239,7 +255,6 @@ class AsyncNetworkManager(_Manager):
         await self._bury_dead()
         with self._lock:
             runtimes = tuple(self._runtimes.values())
-            self._runtimes.clear()
         here = asyncio.get_running_loop()
         elsewhere = [
             asyncio.wrap_future(asyncio.run_coroutine_threadsafe(runtime.close(grace), runtime.loop))
@@ -253,7 +268,13 @@ class AsyncNetworkManager(_Manager):
             if elsewhere:
                 await asyncio.wait(elsewhere, timeout=OTHER_LOOP_CLOSE_S + grace)
         finally:
+            self._runtimes.clear()  # not earlier: a drain is to be seen at the system port
+            system.leave(self)
             self._close_executor()
+
+    def _reporters(self) -> Iterable[tuple[asyncio.AbstractEventLoop, Callable[[], Report]]]:
+        with self._lock:
+            return [(runtime.loop, runtime.report) for runtime in self._runtimes.values()]
 
     async def __aenter__(self) -> AsyncNetworkManager:
         self._check()
@@ -327,6 +348,7 @@ class NetworkManager(_Manager):
         """The plane's server, the one that `serve` uses, by its blocking interface."""
         from .planes.portal_faces import PortalServer
 
+        self._join_system()
         runtime = self._runtime()
         with self._lock:
             if self._server_face is None:
@@ -335,7 +357,7 @@ class NetworkManager(_Manager):
 
     def create_client(self) -> RequestPlaneClient:
         """A new client of the plane: connections by instance, below discovery and routing."""
-        self._check()
+        self._join_system()
         client = self._plane.client(self.config, self._portal)
         with self._lock:
             self._handed_out.append(client)
@@ -374,9 +396,28 @@ class NetworkManager(_Manager):
             if self._loop_runtime is not None:
                 self._portal.run(self._loop_runtime.close)
         finally:
+            system.leave(self)
             self._portal.close()
             self._close_executor()
             _open.discard(self)
+
+    def _reporters(self) -> Iterable[tuple[asyncio.AbstractEventLoop, Callable[[], Report]]]:
+        runtime = self._loop_runtime
+        return () if runtime is None else ((runtime.loop, self._report),)
+
+    def _report(self) -> Report:
+        """On the background loop: its part, and the clients of the threads."""
+        from .planes.portal_faces import PortalClient
+
+        assert self._loop_runtime is not None
+        report = self._loop_runtime.report()
+        with self._lock:
+            clients = (*self._plane_clients.values(), *self._handed_out)
+        for client in clients:
+            # a blocking face would wait for the loop that this is
+            stats = client.async_client().stats() if isinstance(client, PortalClient) else client.stats()
+            report.clients.extend(connections(stats))
+        return report
 
     def __enter__(self) -> NetworkManager:
         self._check()
@@ -464,6 +505,7 @@ def get_async_manager() -> AsyncNetworkManager:
 
 def _after_fork_in_child() -> None:
     global _global_lock, _global_async
+    system.after_fork_in_child()
     _global_lock = threading.Lock()
     _inherited.append(_global_async)
     _global_async = None

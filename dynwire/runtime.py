@@ -59,6 +59,36 @@ class Registration:
         self.ended: asyncio.Future[int] | None = None
 
 
+@dataclass(frozen=True)
+class Served:
+    """One endpoint, at one moment."""
+
+    instance: Instance
+    ready: bool
+    in_flight: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one loop's part of a manager is doing, for monitoring."""
+
+    plane: str
+    served: tuple[Served, ...]
+    starting: int
+    """services that are being started"""
+    has_served: bool
+    server: list[dict[str, Any]]
+    """counters, by connection"""
+    clients: list[dict[str, Any]]
+
+
+def connections(stats: dict[str, Any]) -> list[dict[str, Any]]:
+    """Counters of each connection of a client: planes with sockets have a list per address, the others one link."""
+    if all(isinstance(value, list) for value in stats.values()):
+        return [connection for found in stats.values() for connection in found]
+    return [stats]
+
+
 class LoopRuntime:
     """Everything of a manager that lives on one event loop. All methods: that loop's thread."""
 
@@ -67,6 +97,8 @@ class LoopRuntime:
         self.config = config
         self.plane = plane
         self.registrations: set[Registration] = set()
+        self.starting = 0
+        self.has_served = False
         self.closed = False
         self._lock = asyncio.Lock()
         self._discovery: Discovery | None = None
@@ -129,6 +161,13 @@ class LoopRuntime:
 
     async def serve(self, endpoint: EndpointId, handler: Handler, metadata: dict[str, Any] | None) -> Registration:
         """Start the server if it is the first endpoint, add the endpoint, register the instance."""
+        self.starting += 1
+        try:
+            return await self._serve(endpoint, handler, metadata)
+        finally:
+            self.starting -= 1
+
+    async def _serve(self, endpoint: EndpointId, handler: Handler, metadata: dict[str, Any] | None) -> Registration:
         path = str(endpoint)
         discovery = await self.discovery()
         server = self.server()
@@ -154,7 +193,18 @@ class LoopRuntime:
             await server.remove_endpoint(path)
             raise
         self.registrations.add(registration)
+        self.has_served = True
         return registration
+
+    def report(self) -> Report:
+        """What is going on."""
+        server = None if self.closed else self._server
+        served = tuple(
+            Served(r.instance, r.ready, 0 if server is None else server.in_flight(r.path)) for r in tuple(self.registrations)
+        )
+        clients = [found for client in (*self._clients.values(), *self._handed_out) for found in connections(client.stats())]
+        stats = [] if server is None else server.stats()
+        return Report(self.plane.name, served, self.starting, self.has_served, stats, clients)
 
     async def drain(self, registration: Registration, grace: float, linger: float = LINGER_S) -> int:
         """Not ready, deregister, keep accepting for a moment, wait for what is in flight, remove. Returns how many were killed.

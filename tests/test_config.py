@@ -65,6 +65,7 @@ TABLE = [
     ("ETCD_ENDPOINTS", "discovery.etcd_endpoints", ("http://localhost:2379",), "https://e:1", ("https://e:1",)),
     ("DYN_HTTP_PORT", "system.http_port", 8000, "80", 80),
     ("DYN_SYSTEM_PORT", "system.system_port", None, "9090", 9090),
+    ("DYNWIRE_SYSTEM_HOST", "system.system_host", "127.0.0.1", "0.0.0.0", "0.0.0.0"),
 ]
 
 

@@ -25,7 +25,7 @@ LAYERS = (
     # what moves bytes and waits, and what every plane needs to run a call
     ("streams", "_awaitable", "_tcpio", "_httpio", "_natsport", "_natsio", "nats", "_portal", "portal", "calls", "handlers"),
     ("planes", "event_plane", "discovery"),
-    ("manager", "runtime", "endpoint", "client", "service", "routing", "migration", "replies", "kv_router"),
+    ("manager", "system", "runtime", "endpoint", "client", "service", "routing", "migration", "replies", "kv_router"),
     ("workers", "frontend", "router", "mocker", "vllm"),
     ("loadgen", "cli", "__main__", "testing"),
 )

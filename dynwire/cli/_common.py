@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import click
 import msgspec
 
-from ..config import load_config
+from ..config import Config, load_config
 from ..errors import ConfigError, DynwireError
 
 T = TypeVar("T")
@@ -102,6 +102,14 @@ def settings_options(function: F) -> F:
 def manager_arguments(chosen: dict[str, object]) -> dict[str, Any]:
     """Keywords for a manager with the settings of this command line; raises `ConfigError`."""
     return {"config": load_config(cli=chosen)}
+
+
+def tool_config(chosen: dict[str, object]) -> Config:
+    """Settings of a command that only looks or calls: it often shares a worker's environment, and leaves it its system port.
+
+    Raises `ConfigError`.
+    """
+    return load_config(cli={"system.system_port": "off", **chosen})
 
 
 # Event loop ------------------------------------------------------------------------------------------------------------------

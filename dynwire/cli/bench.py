@@ -16,11 +16,21 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..config import Config, load_config
+from ..config import Config
 from ..errors import DynwireError
 from ..types import EndpointId
 from . import tables
-from ._common import Command, json_option, loop_factory, parse_payload, read_data, run_async, settings_options, to_json
+from ._common import (
+    Command,
+    json_option,
+    loop_factory,
+    parse_payload,
+    read_data,
+    run_async,
+    settings_options,
+    to_json,
+    tool_config,
+)
 from ._workers import Worker
 
 if TYPE_CHECKING:
@@ -149,11 +159,11 @@ def command(
 def _target(endpoint: str | None, chosen: dict[str, object]) -> Iterator[Config]:
     """Settings with which the endpoint can be found; starts the built-in worker if there is none."""
     if endpoint is not None:
-        yield load_config(cli=chosen)
+        yield tool_config(chosen)
         return
     directory = tempfile.mkdtemp(prefix="dynwire-bench-")
     try:
-        config = load_config(cli={**chosen, "discovery": "file", "discovery_file_dir": directory})
+        config = tool_config({**chosen, "discovery": "file", "discovery_file_dir": directory})
         with Worker(HANDLERS, config) as worker:
             worker.wait_ready(READY_TIMEOUT_S)
             yield config

@@ -13,12 +13,12 @@ from ..types import EndpointId
 from ._common import (
     Command,
     json_option,
-    manager_arguments,
     parse_headers,
     parse_payload,
     read_data,
     settings_options,
     to_json,
+    tool_config,
 )
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ def command(
     if instance is not None:
         options["instance"] = _instance_id(instance)
     options["timeout"] = timeout if timeout is not None or stream else DEFAULT_TIMEOUT_S
-    arguments = manager_arguments(chosen)
+    arguments = {"config": tool_config(chosen)}
 
     from dynwire import NetworkManager
 

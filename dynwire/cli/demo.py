@@ -27,10 +27,10 @@ from urllib.parse import urlsplit
 
 import click
 
-from ..config import Config, load_config, mask_url
+from ..config import Config, mask_url
 from ..errors import ConfigError, DynwireError, PeerLost
 from . import demo_serving, tables
-from ._common import Command, json_option, loop_factory, run_async, settings_options, to_json
+from ._common import Command, json_option, loop_factory, run_async, settings_options, to_json, tool_config
 from ._workers import Worker
 
 if TYPE_CHECKING:
@@ -329,7 +329,7 @@ def command(only: str | None, as_json: bool, chosen: dict[str, object]) -> None:
 
     try:
         chosen |= {"discovery": "file", "discovery_file_dir": directory}
-        config = load_config(cli=chosen)
+        config = tool_config(chosen)
         with contextlib.ExitStack() as undo:
             if config.request_plane == "nats":
                 # a server of others may hold a demo of others
@@ -337,7 +337,7 @@ def command(only: str | None, as_json: bool, chosen: dict[str, object]) -> None:
                 if not _nats_answers(config):
                     server = undo.enter_context(_own_nats_server(config, say))
                     chosen["nats.servers"] = server.url
-                config = load_config(cli=chosen)
+                config = tool_config(chosen)
             report: dict[str, Any] = {"ok": True, "plane": config.request_plane}
             if only != "calls":
                 served = demo_serving.play(config, say)

@@ -267,7 +267,7 @@ def _ports(config: Config) -> Findings:
         setting = f"DYN_{plane.upper()}_RPC_PORT"
         wanted.append(("address", host, port, setting, f"; callers are told {advertised}" if advertised != host else ""))
     if config.system.system_port is not None:
-        wanted.append(("system port", "0.0.0.0", config.system.system_port, "DYN_SYSTEM_PORT", ""))
+        wanted.append(("system port", config.system.system_host, config.system.system_port, "DYN_SYSTEM_PORT", ""))
     for check, host, port, setting, more in wanted:
         place = f"{host}:{port}" if port else f"{host}, any free port"
         problem = _bind_error(host, port)

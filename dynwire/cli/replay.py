@@ -14,12 +14,12 @@ import msgspec
 import orjson
 
 from ..codec import KIND_JSON, KIND_MSGPACK
-from ..config import Config, load_config
+from ..config import Config
 from ..errors import DynwireError
 from ..nats.queue import REPLAY_OF
 from ..types import EndpointId
 from . import tables
-from ._common import Command, describe_error, json_option, run_async, settings_options, to_json
+from ._common import Command, describe_error, json_option, run_async, settings_options, to_json, tool_config
 
 if TYPE_CHECKING:
     from ..client import AsyncClient
@@ -93,7 +93,7 @@ def command(
     exit code is 1 if a request failed.
     """
     target = EndpointId.parse(endpoint)
-    settings = load_config(cli=chosen)
+    settings = tool_config(chosen)
     config = replace(settings, request_plane="nats", nats=replace(settings.nats, request_mode="jetstream"))
     return run_async(_replay(config, target, since, until, speed, timeout, dry_run, as_json))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import click
 
+from ..system import address as system_address
 from ..types import EndpointId, Instance
 from ._common import Command, hex_id, json_option, manager_arguments, run_async, settings_options, to_json
 
@@ -146,6 +147,9 @@ def _announce(instance: Instance, as_json: bool) -> None:
         "pid": os.getpid(),
     }
     text = "serving {endpoint} on {plane} at {address} (instance {instance}, pid {pid})"
+    if system_address() is not None:
+        shown["system"] = system_address()
+        text = text.removesuffix(")") + ", system port {system})"
     click.echo(to_json(shown) if as_json else text.format(**shown))
     # whoever started us may be waiting for this line on a pipe
     sys.stdout.flush()

@@ -7,10 +7,9 @@ from typing import Any
 
 import click
 
-from ..config import load_config
 from ..types import EndpointId
 from . import tables
-from ._common import Command, hex_id, json_option, run_async, settings_options, to_json
+from ._common import Command, hex_id, json_option, run_async, settings_options, to_json, tool_config
 
 TIMEOUT_S = 10.0
 
@@ -33,7 +32,7 @@ def command(endpoint: str, timeout: float, as_json: bool, chosen: dict[str, obje
     from ..manager import AsyncNetworkManager
 
     async def look() -> list[WorkerTree]:
-        async with AsyncNetworkManager(config=load_config(cli=chosen)) as manager:
+        async with AsyncNetworkManager(config=tool_config(chosen)) as manager:
             return await worker_trees(manager, path, timeout)
 
     trees = run_async(look())

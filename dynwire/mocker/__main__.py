@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Config, load_config
 from ..errors import ConfigError
+from ..system import announcement
 from ..types import EndpointId
 from ..wire.kv_events import as_cache_event
 from ..workers.card import EngineLimits, ModelCard, find_model
@@ -164,7 +165,7 @@ async def serve(arguments: argparse.Namespace) -> bool:
             found = service.generate.instance
             where = f"{found.path} on {found.plane} at {found.address}"
             # whoever started us may be waiting for this line on a pipe
-            print(f"serving {card.name} as {where} (instance {found.id:016x}, pid {os.getpid()})", flush=True)
+            print(f"serving {card.name} as {where} (instance {found.id:016x}, pid {os.getpid()}{announcement()})", flush=True)
         await signals.first.wait()
         print(f"draining, up to {arguments.grace:g} s; a second signal ends at once", file=sys.stderr, flush=True)
         return await signals.drain(services, managers, arguments.grace)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from ..config import Config, load_config, settings
 from ..manager import AsyncNetworkManager
+from ..system import announcement
 from ..types import EndpointId
 from ..workers.process import DEFAULT_GRACE_S, Signals, run_process
 from .service import SUFFIX, RouterService
@@ -71,7 +72,7 @@ async def serve(config: Config, endpoint: str, component: str | None, grace: flo
         served = router.services["generate"].instance
         where = f"{served.namespace}.{served.component} on {served.plane} at {served.address}"
         # whoever started us may be waiting for this line on a pipe
-        print(f"routing {router.endpoint} as {where} (pid {os.getpid()})", flush=True)
+        print(f"routing {router.endpoint} as {where} (pid {os.getpid()}{announcement()})", flush=True)
         await signals.first.wait()
         print(f"draining, up to {grace:g} s; a second signal ends at once", file=sys.stderr, flush=True)
         return await signals.drain(list(router.services.values()), [manager], grace)

@@ -136,6 +136,11 @@ class Http1Session:
         return self._reading == "head" and not self._buffer
 
     @property
+    def complete(self) -> bool:
+        """The whole request has come, and the reply to it is not complete."""
+        return self._complete
+
+    @property
     def expects_continue(self) -> bool:
         """The client waits for `send_continue` before it sends the request's body."""
         return self._h11.client_is_waiting_for_100_continue
