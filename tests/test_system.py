@@ -314,19 +314,24 @@ from dynwire import system
 with dynwire.NetworkManager(system_system_port=0, discovery_file_dir=sys.argv[1], tcp_host="127.0.0.1") as manager:
     manager.endpoint("demo.worker.generate").serve(lambda request: request)
     port = int(system.address().rpartition(":")[2])
+    tried, has_tried = os.pipe()
     pid = os.fork()
     if pid == 0:
         print("inherited", system.address(), flush=True)
         try:
-            taken = dynwire.NetworkManager(system_system_port=port, discovery_file_dir=sys.argv[1])
-            taken.endpoint("demo.worker.generate").client()
+            with dynwire.NetworkManager(system_system_port=port, discovery_file_dir=sys.argv[1]) as taken:
+                taken.endpoint("demo.worker.generate").client()
+                print("not refused", flush=True)
         except dynwire.BindError as error:
             print("refused", "a forked child" in str(error), flush=True)
         with dynwire.NetworkManager(system_system_port=0, discovery_file_dir=sys.argv[1]) as own:
             own.endpoint("demo.worker.generate").client()
             print("own", system.address().rpartition(":")[2] not in ("", str(port)), flush=True)
+        os.write(has_tried, b"x")
         sys.stdin.readline()
         os._exit(0)
+    os.close(has_tried)
+    os.read(tried, 1)  # until then the port is taken
 manager.close()
 print("closed", port, flush=True)
 os.waitpid(pid, 0)
