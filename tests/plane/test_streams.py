@@ -97,8 +97,9 @@ async def test_a_slow_reader_makes_the_writer_wait(managers: Managers, kind: str
             # others are not held up by it, however long it stands still
             for _ in range(20):
                 assert await busy.items(100) == list(range(100))
-            # a window of 256 KiB, what the batch queue of a thread holds, and what a socket takes
-            assert produced < 200
+            # A window of 256 KiB, what the batch queue of a thread holds, and what a socket takes; on http the window may have
+            # adapted to its largest, 16 MiB, because a path through a busy machine looks like a long one.
+            assert produced < 400
             before = produced
             for _ in range(100):
                 await stream.next()
