@@ -277,7 +277,8 @@ def _ports(config: Config) -> Findings:
         if problem.errno == errno.EADDRINUSE:
             remedy = f"stop what listens there, if it is not a worker that should, or set {setting} (0: any free port)"
         else:
-            remedy = f"set {setting.replace('PORT', 'HOST')} to an address of this host, and {setting} to a port above 1023"
+            host_setting = "DYNWIRE_SYSTEM_HOST" if check == "system port" else setting.replace("PORT", "HOST")
+            remedy = f"set {host_setting} to an address of this host, and {setting} to a port above 1023"
         yield Finding(check, "fail", f"no further worker can listen on {place}: {problem.strerror or problem}", remedy)
 
 
