@@ -284,8 +284,8 @@ def test_open_discovery(tmp_path: Path) -> None:
     assert isinstance(open_discovery("mem", file_dir="", ttl=1), MemoryDiscovery)
     assert isinstance(open_discovery("file", file_dir=str(tmp_path), ttl=1), FileDiscovery)
     assert isinstance(open_discovery("nats", file_dir="", ttl=1), NatsDiscovery)
-    with pytest.raises(ConfigError, match=r"etcd.*not in this release; available: mem, file, nats"):
-        open_discovery("etcd", file_dir="", ttl=1)
+    with pytest.raises(ConfigError, match=r"does not exist; available: mem, file, etcd, nats"):
+        open_discovery("consul", file_dir="", ttl=1)
     with pytest.raises(ConfigError, match="'zk' does not exist") as caught:
         open_discovery("zk", file_dir="", ttl=1)
     assert caught.value.name == "DYN_DISCOVERY_BACKEND"
