@@ -7,8 +7,8 @@ key, closing revokes the lease. People can look with ``etcdctl get --prefix /dyn
 etcd is spoken to over its JSON gateway, which is plain HTTP, because its gRPC interface would need grpcio and generated code.
 
 Watching. The keys are read once, and then watched from the revision of that reading on, so nothing is missed or told twice. Where
-etcd has compacted what came after, they are read again. A watch says nothing while nothing changes, so etcd is asked for a sign of
-life every third of the TTL; that also notices a member without a majority, which would stay silent for ever.
+etcd has compacted what came after, they are read again. A watch says nothing while nothing changes, so etcd is asked for a sign
+of life every third of the TTL; that also notices a member without a majority, which would stay silent for ever.
 
 Faults. While etcd is away the last known set stays in use and is delivered to nobody new. When it is back, who is missing is kept
 for as long as its owner may need to write again (a third of its TTL and some seconds): etcd may have come back without its data,
