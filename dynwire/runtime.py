@@ -120,7 +120,13 @@ class LoopRuntime:
             self._check_open()
             if self._discovery is None:
                 settings = self.config.discovery
-                discovery = open_discovery(settings.backend, file_dir=settings.file_dir, ttl=settings.ttl, nats=self.config.nats)
+                discovery = open_discovery(
+                    settings.backend,
+                    file_dir=settings.file_dir,
+                    ttl=settings.ttl,
+                    nats=self.config.nats,
+                    etcd=settings.etcd_endpoints,
+                )
                 await discovery.start()
                 self._discovery = discovery
             return self._discovery

@@ -29,12 +29,14 @@ from hypothesis import strategies as st
 from dynwire.config import NatsConfig
 from dynwire.discovery import Discovery, FileDiscovery, MemoryDiscovery, open_discovery
 from dynwire.discovery import file as file_module
+from dynwire.discovery.etcd import EtcdDiscovery
 from dynwire.discovery.file import has_ended, record_name, this_process
 from dynwire.discovery.memory import MemoryRegistry
 from dynwire.discovery.nats import NatsDiscovery
 from dynwire.discovery.record import MAX_RECORD_BYTES, BadRecord, ProcessId, Record, decode_record, record_key
 from dynwire.errors import ConfigError, ConnectError, DynwireError, ForkedManager, ManagerClosed, MessageTooLarge
 from dynwire.types import Instance
+from tests.etcd_server import EtcdServer, etcd_server  # noqa: F401
 
 ROOT = Path(__file__).resolve().parent.parent
 WAIT_S = 30.0
@@ -79,12 +81,15 @@ async def eventually(condition: Callable[[], bool]) -> None:
 Opener = Callable[[], Discovery]
 
 
-@pytest.fixture(params=["mem", "file", "nats"])
+@pytest.fixture(params=["mem", "file", "etcd", "nats"])
 def opener(request: pytest.FixtureRequest, tmp_path: Path) -> Opener:
     """Makes discovery objects that see each other's registrations."""
     if request.param == "nats":
         server, prefix = request.getfixturevalue("nats_server"), request.getfixturevalue("nats_prefix")
         return lambda: NatsDiscovery(NatsConfig(servers=(server.url,), prefix=prefix), ttl=10.0)
+    if request.param == "etcd":
+        etcd = request.getfixturevalue("etcd_server")
+        return lambda: EtcdDiscovery((etcd.url,), ttl=10.0)
     if request.param == "mem":
         registry = MemoryRegistry()
         return lambda: MemoryDiscovery(registry)
@@ -277,6 +282,39 @@ def test_instances_that_cannot_be_stored(opener: Opener, wrong: Instance) -> Non
     run(main())
 
 
+# -- etcd: what fails
+
+
+@pytest.mark.parametrize("wipe", [False, True])
+def test_etcd_killed_and_restarted(etcd_server: EtcdServer, wipe: bool) -> None:  # noqa: F811
+    async def main() -> None:
+        dead_first = ("http://127.0.0.1:1", etcd_server.url)
+        one, two = (EtcdDiscovery(dead_first, ttl=3.0) for _ in range(2))
+        async with opened(one, two):
+            for number in (1, 2, 3):
+                await one.register(instance(number))
+            seen = Watcher(two)
+            await seen.until(1, 2, 3)
+            etcd_server.kill()
+            await eventually(lambda: not one.healthy and not two.healthy)
+            heard = len(seen.sets)
+            await one.deregister(instance(2))
+            assert {i.id for i in await two.list()} == {1, 2, 3}
+            assert len(seen.sets) == heard
+            if wipe:
+                etcd_server.wipe()
+            etcd_server.start()
+            await seen.until(1, 3)
+            assert all({1, 3} <= {i.id for i in s} for s in seen.sets[heard:])
+
+    run(main())
+
+
+def test_etcd_absent_at_start() -> None:
+    with pytest.raises(ConnectError, match="ETCD_ENDPOINTS"):
+        run(EtcdDiscovery(("http://127.0.0.1:1",)).start())
+
+
 # -- opening
 
 
@@ -284,8 +322,8 @@ def test_open_discovery(tmp_path: Path) -> None:
     assert isinstance(open_discovery("mem", file_dir="", ttl=1), MemoryDiscovery)
     assert isinstance(open_discovery("file", file_dir=str(tmp_path), ttl=1), FileDiscovery)
     assert isinstance(open_discovery("nats", file_dir="", ttl=1), NatsDiscovery)
-    with pytest.raises(ConfigError, match=r"etcd.*not in this release; available: mem, file, nats"):
-        open_discovery("etcd", file_dir="", ttl=1)
+    with pytest.raises(ConfigError, match=r"does not exist; available: mem, file, etcd, nats"):
+        open_discovery("consul", file_dir="", ttl=1)
     with pytest.raises(ConfigError, match="'zk' does not exist") as caught:
         open_discovery("zk", file_dir="", ttl=1)
     assert caught.value.name == "DYN_DISCOVERY_BACKEND"

@@ -22,7 +22,7 @@ from typing import Any
 
 import click
 
-from ..config import Config, load_config, settings
+from ..config import Config, load_config, mask_url, settings
 from ..errors import ConfigError, DynwireError
 from ..types import Instance
 from . import tables
@@ -35,6 +35,7 @@ EXTRAS = {
     "speed": ("a faster event loop", ()),
     "http": ("the http plane", ("http",)),
     "nats": ("the nats plane, discovery and events over NATS", ("nats",)),
+    "etcd": ("discovery over etcd", ("etcd",)),
     "nats-server": ("a nats-server for development (dynwire nats up)", ()),
 }
 """Extra -> what it is for, and what must be chosen for it to be needed"""
@@ -307,7 +308,9 @@ def _discovery(config: Config) -> Findings:
         from ..discovery import open_discovery
 
         chosen = config.discovery
-        discovery = open_discovery(backend, file_dir=chosen.file_dir, ttl=chosen.ttl, nats=config.nats)
+        discovery = open_discovery(
+            backend, file_dir=chosen.file_dir, ttl=chosen.ttl, nats=config.nats, etcd=chosen.etcd_endpoints
+        )
         try:
             await discovery.start()
             return await discovery.list()
@@ -319,7 +322,11 @@ def _discovery(config: Config) -> Findings:
     except DynwireError as error:
         yield Finding("discovery", "fail", _text(error), _discovery_remedy(error, backend))
         return
-    where = f"{config.discovery.file_dir} can be written" if backend == "file" else "its bucket can be read and written"
+    where = {
+        "file": f"{config.discovery.file_dir} can be written",
+        "nats": "its bucket can be read and written",
+        "etcd": f"{', '.join(map(mask_url, config.discovery.etcd_endpoints))} can be read",
+    }[backend]
     yield Finding("discovery", "ok", f"{backend}: {where}; {len(instances)} instances are registered")
     yield from _routing(config, instances)
 
@@ -352,6 +359,10 @@ def _discovery_remedy(error: DynwireError, backend: str) -> str:
         return "set DYN_FILE_KV to a directory that this user may create or write"
     if isinstance(error, ConfigError):
         return f"allowed: {_joined(error.allowed)}" if error.allowed else "see the documentation of the setting"
+    if backend == "etcd":
+        if error.code in ("unauthenticated", "permission_denied"):
+            return "correct the user in ETCD_ENDPOINTS (http://user:password@host:2379), or what it may do in etcd"
+        return "start etcd, or set ETCD_ENDPOINTS"
     return "start the server (dynwire nats up, for development), or set NATS_SERVER"
 
 
