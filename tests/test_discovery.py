@@ -26,6 +26,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import dynwire
 from dynwire.config import NatsConfig
 from dynwire.discovery import Discovery, FileDiscovery, MemoryDiscovery, open_discovery
 from dynwire.discovery import file as file_module
@@ -306,6 +307,49 @@ def test_etcd_killed_and_restarted(etcd_server: EtcdServer, wipe: bool) -> None:
             etcd_server.start()
             await seen.until(1, 3)
             assert all({1, 3} <= {i.id for i in s} for s in seen.sets[heard:])
+
+    run(main())
+
+
+def test_etcd_suspended(etcd_server: EtcdServer) -> None:  # noqa: F811
+    """For longer than the TTL: when it wakes up, it ends the leases of everybody, and nobody is missed meanwhile."""
+
+    async def main() -> None:
+        one, two = (EtcdDiscovery((etcd_server.url,), ttl=1.0) for _ in range(2))
+        async with opened(one, two):
+            await one.register(instance(1))
+            seen = Watcher(two)
+            await seen.until(1)
+            assert etcd_server.process is not None
+            etcd_server.process.send_signal(signal.SIGSTOP)
+            await eventually(lambda: not one.healthy and not two.healthy)
+            heard = len(seen.sets)
+            etcd_server.process.send_signal(signal.SIGCONT)
+            await eventually(lambda: one.healthy and two.healthy)
+            await one.register(instance(2))
+            await seen.until(1, 2)
+            assert all(1 in {i.id for i in s} for s in seen.sets[heard:])
+
+    run(main())
+
+
+def test_calls_go_on_while_etcd_is_away(etcd_server: EtcdServer, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    monkeypatch.setenv("DYN_DISCOVERY_BACKEND", "etcd")
+    monkeypatch.setenv("ETCD_ENDPOINTS", etcd_server.url)
+    monkeypatch.setenv("DYN_TCP_RPC_HOST", "127.0.0.1")
+
+    async def echo(request: Any) -> Any:
+        return request
+
+    async def main() -> None:
+        async with dynwire.AsyncNetworkManager() as worker, dynwire.AsyncNetworkManager() as caller:
+            await worker.endpoint("demo.worker.generate").serve(echo)
+            client = await caller.endpoint("demo.worker.generate").client()
+            await client.wait_for_instances(1, WAIT_S)
+            assert await client.call(1, timeout=WAIT_S) == 1
+            etcd_server.kill()
+            for number in range(100):
+                assert await client.call(number, timeout=WAIT_S) == number
 
     run(main())
 

@@ -24,6 +24,7 @@ import math
 import os
 import random
 import ssl
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from urllib.parse import unquote, urlsplit
 
@@ -591,7 +592,7 @@ class EtcdDiscovery(Discovery):
         finally:
             self._stream = None
 
-    def _on_events(self, events: list[_Event]) -> None:
+    def _on_events(self, events: Sequence[_Event]) -> None:
         known = self._revision
         for event in events:
             if event.kv.mod_revision <= known:  # was read

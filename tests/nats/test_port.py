@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
+import inspect
 import logging
 import random
 from collections.abc import Iterator
@@ -292,8 +294,18 @@ async def test_killed_and_restarted(port: str) -> None:
             subscription.unsubscribe()
 
 
+def never_pauses_writelines() -> bool:
+    """A defect of asyncio in Python 3.12 and 3.13, up to some release of each; what nats-py alone sends is not bounded there."""
+    transport: Any = importlib.import_module("asyncio.selector_events")._SelectorSocketTransport
+    own = vars(transport).get("writelines")
+    return own is not None and "_maybe_pause_protocol" not in inspect.getsource(own)
+
+
 async def test_a_server_that_does_not_read(port: str) -> None:
     """Producers that heed ``congested`` hold a bounded amount, and nothing is lost or doubled when it goes on."""
+    standard_loop = type(asyncio.get_running_loop()) is asyncio.SelectorEventLoop
+    if port == "plain" and standard_loop and never_pauses_writelines():
+        pytest.skip("this Python's writelines() never tells nats-py that the socket is full")
     with NatsServer() as server:
         async with connected(server.url, port=port, ping_interval=60.0) as connection:
             inbox = Inbox()
