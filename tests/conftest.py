@@ -66,6 +66,10 @@ def pytest_configure(config: pytest.Config) -> None:
     # registered by its entry point where the package is installed as it is now; not in a source tree beside an older installation
     if not config.pluginmanager.has_plugin("dynwire"):
         config.pluginmanager.register(importlib.import_module("dynwire.testing.pytest_plugin"), "dynwire")
+    with contextlib.suppress(ImportError):  # the environment of the vLLM tests has no hypothesis
+        hypothesis = importlib.import_module("hypothesis")
+        hypothesis.settings.register_profile("dynwire", deadline=None)  # a slow machine is no defect
+        hypothesis.settings.load_profile("dynwire")
     config.stash[STDERR] = os.dup(2)  # the real one: pytest captures descriptor 2 while tests run
 
 
