@@ -1066,11 +1066,28 @@ def common_options(description: str, rounds: str, seconds: str, budget: str) -> 
     return parser
 
 
-def check_regex(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+def complete(
+    parser: argparse.ArgumentParser,
+    args: argparse.Namespace,
+    name: str,
+    rounds: int,
+    seconds: float,
+    budget: float,
+    partial: bool = False,
+) -> argparse.Namespace:
+    """Check what `common_options` took, and fill in the defaults of this form (short or not) and the ``name`` of the results."""
     try:
         re.compile(args.only or "")
     except re.error as error:
         parser.error(f"--only: {error}")
+    args.rounds = args.rounds or rounds
+    args.seconds = args.seconds or seconds
+    args.patience = args.patience if args.patience is not None else (0 if args.short else 2)
+    args.budget = args.budget or budget
+    args.mode = "short" if args.short else "full" if getattr(args, "full", False) else "normal"
+    partial = partial or any([args.only, args.peers, args.without])
+    args.output = args.output or HERE / "results" / f"{name}-{'partial' if partial else args.mode}"
+    return args
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -1084,15 +1101,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.short and args.full:
         parser.error("--short and --full exclude each other")
-    check_regex(parser, args)
-    args.rounds = args.rounds or (3 if args.short else 5)
-    args.seconds = args.seconds or (0.25 if args.short else 0.5)
-    args.patience = args.patience if args.patience is not None else (0 if args.short else 2)
-    args.budget = args.budget or (165.0 if args.short else 5400.0 if args.full else 1500.0)
-    partial = any([args.only, args.peers, args.without, args.placement != "all", args.loop != "all", args.congestion != "all"])
-    args.mode = "short" if args.short else "full" if args.full else "normal"
-    args.output = args.output or HERE / "results" / f"compare-{'partial' if partial else args.mode}"
-    return args
+    partial = any([args.placement != "all", args.loop != "all", args.congestion != "all"])
+    if args.short:
+        return complete(parser, args, "compare", 3, 0.25, 165.0, partial)
+    return complete(parser, args, "compare", 5, 0.5, 5400.0 if args.full else 1500.0, partial)
 
 
 def main(argv: list[str] | None = None) -> int:

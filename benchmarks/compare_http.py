@@ -699,15 +699,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         (__doc__ or "").split("\n\n")[0], "short 3, else 7", "short 0.4, else 1", "short 165, else 1500"
     )
     args = parser.parse_args(argv)
-    compare.check_regex(parser, args)
-    args.rounds = args.rounds or (3 if args.short else 7)
-    args.seconds = args.seconds or (0.4 if args.short else 1.0)
-    args.patience = args.patience if args.patience is not None else (0 if args.short else 2)
-    args.budget = args.budget or (165.0 if args.short else 1500.0)
-    args.mode = "short" if args.short else "normal"
-    partial = any([args.only, args.peers, args.without])
-    args.output = args.output or HERE / "results" / f"compare-http-{'partial' if partial else args.mode}"
-    return args
+    return compare.complete(parser, args, "compare-http", *((3, 0.4, 165.0) if args.short else (7, 1.0, 1500.0)))
 
 
 def tool_versions() -> dict[str, str]:

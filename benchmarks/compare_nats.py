@@ -156,15 +156,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         (__doc__ or "").split("\n\n")[0], "short 3, else 5", "short 0.4, else 1", "short 110, else 1200"
     )
     args = parser.parse_args(argv)
-    compare.check_regex(parser, args)
-    args.rounds = args.rounds or (3 if args.short else 5)
-    args.seconds = args.seconds or (0.4 if args.short else 1.0)
-    args.patience = args.patience if args.patience is not None else (0 if args.short else 2)
-    args.budget = args.budget or (110.0 if args.short else 1200.0)
-    args.mode = "short" if args.short else "normal"
-    partial = any([args.only, args.peers, args.without])
-    args.output = args.output or HERE / "results" / f"compare-nats-{'partial' if partial else args.mode}"
-    return args
+    return compare.complete(parser, args, "compare-nats", *((3, 0.4, 110.0) if args.short else (5, 1.0, 1200.0)))
 
 
 def main(argv: list[str] | None = None) -> int:

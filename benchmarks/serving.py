@@ -486,16 +486,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = compare.common_options((__doc__ or "").split("\n\n")[0], "short 5, else 7", "short 1, else 2", "short 165, else 900")
     parser.add_argument("--dynamo", type=Path, default=ROOT / ".venv-dynamo", help="environment of Dynamo's stack (.venv-dynamo)")
     args = parser.parse_args(argv)
-    compare.check_regex(parser, args)
-    args.rounds = args.rounds or (5 if args.short else 7)
-    args.seconds = args.seconds or (1.0 if args.short else 2.0)
-    args.patience = args.patience if args.patience is not None else (0 if args.short else 2)
-    args.budget = args.budget or (165.0 if args.short else 900.0)
     args.dynamo = args.dynamo.absolute()  # its processes run in a directory of their own
-    args.mode = "short" if args.short else "normal"
-    partial = any([args.only, args.peers, args.without])
-    args.output = args.output or HERE / "results" / f"serving-{'partial' if partial else args.mode}"
-    return args
+    return compare.complete(parser, args, "serving", *((5, 1.0, 165.0) if args.short else (7, 2.0, 900.0)))
 
 
 def versions(python: Path) -> dict[str, str]:
