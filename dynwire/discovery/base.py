@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ForkedManager
 from ..types import EndpointId, Instance
 
 MAX_ID = (1 << 64) - 1
@@ -123,4 +124,13 @@ def check_instance(instance: Instance) -> None:
             name="id",
             value=instance.id,
             allowed=f"0 to {MAX_ID}",
+        )
+
+
+def check_process(pid: int) -> None:
+    """Raise `ForkedManager` if the object was started by another process than this one; ``pid`` 0: by none yet."""
+    if pid not in (0, os.getpid()):
+        raise ForkedManager(
+            "this discovery object belongs to the parent process; open a new one in the child",
+            details={"parent": pid, "child": os.getpid()},
         )

@@ -28,9 +28,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..errors import ConfigError, ConnectError, DynwireError, ForkedManager, ManagerClosed
+from ..errors import ConfigError, ConnectError, DynwireError, ManagerClosed
 from ..types import Instance
-from .base import Discovery, Instances, Watch, WatchCallback, check_instance, ordered, select
+from .base import Discovery, Instances, Watch, WatchCallback, check_instance, check_process, ordered, select
 from .record import (
     MAX_RECORD_BYTES,
     BadRecord,
@@ -204,7 +204,7 @@ class FileDiscovery(Discovery):
             self._heartbeat_later()
 
     async def deregister(self, instance: Instance) -> None:
-        self._check_process()
+        check_process(self._pid)
         name = record_name(instance)
         if self._own.pop(name, None) is not None:
             self._unlink_own(name)
@@ -250,15 +250,8 @@ class FileDiscovery(Discovery):
             self._process = this_process()
             self._pid = os.getpid()
             self._loop = loop
-        self._check_process()
+        check_process(self._pid)
         return self._loop
-
-    def _check_process(self) -> None:
-        if self._pid not in (0, os.getpid()):
-            raise ForkedManager(
-                "this discovery object belongs to the parent process; open a new one in the child",
-                details={"parent": self._pid, "child": os.getpid()},
-            )
 
     def _write(self, name: str, raw: bytes) -> None:
         """Write a record atomically. Raises `OSError`, leaving no temporary file behind."""

@@ -23,7 +23,6 @@ import asyncio
 import contextlib
 import datetime
 import hashlib
-import logging
 import os
 import random
 from collections.abc import Awaitable, Callable, Iterable
@@ -32,10 +31,11 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ..config import NatsConfig
-from ..errors import ConfigError, ConnectError, DynwireError, ForkedManager, ManagerClosed, PermissionDenied
+from ..errors import ConfigError, ConnectError, DynwireError, ManagerClosed, PermissionDenied
 from ..types import Instance
-from .base import Discovery, Instances, Watch, WatchCallback, check_instance, ordered, select
-from .record import MAX_RECORD_BYTES, BadRecord, Record, check_ttl, decode_record, encode_record, record_key
+from .base import Instances, check_instance, check_process, select
+from .record import MAX_RECORD_BYTES, BadRecord, Record, decode_record, encode_record, record_key
+from .remote import RemoteDiscovery, log
 
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
@@ -62,8 +62,6 @@ _OTHER_CONFIGURATION = 10058
 _NO_PEERS = (10005, 10074)
 _OPERATION = "KV-Operation"
 _MARKER = "Nats-Marker-Reason"
-
-log = logging.getLogger("dynwire.discovery")
 
 
 def bucket_name(prefix: str) -> str:
@@ -104,38 +102,27 @@ class _Known:
         """None if what is stored is no record; it was warned about"""
 
 
-class NatsDiscovery(Discovery):
+class NatsDiscovery(RemoteDiscovery):
     """Discovery through the bucket of ``config.prefix`` on ``config.servers``; ``ttl`` holds for what this object registers."""
 
     def __init__(self, config: NatsConfig, *, ttl: float = 10.0) -> None:
-        check_ttl(ttl)
+        super().__init__(ttl)
         self._config = config
-        self._ttl = ttl
         self._bucket = bucket_name(config.prefix)
+        self._place = f"discovery bucket {self._bucket}"
         self._subject = f"$KV.{self._bucket}."
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._pid = 0
-        self._closed = False
-        self._starting = asyncio.Lock()
         self._connection: NatsConnection | None = None
         self._jetstream: JetStreamContext | None = None
         self._unlisten: Callable[[], None] | None = None
         self._subscription: Any = None
-        self._failing: set[str] = set()  # "read", "write": each is logged once, when it begins and when it ends
 
-        self._own: dict[str, tuple[Instance, bytes]] = {}
-        self._withdrawn: set[str] = set()  # keys whose delete marker could not be written yet
         self._heartbeat_handle: asyncio.TimerHandle | None = None
         self._writing: asyncio.Task[None] | None = None
 
-        self._watches: set[Watch] = set()
         self._known: dict[str, _Known] = {}
         self._heard: set[str] = set()  # keys of which a message came since the last reading began
         self._reading = asyncio.Lock()
         self._syncing: asyncio.Task[None] | None = None
-        self._synced = False
-        self._expiry_handle: asyncio.TimerHandle | None = None
-        self._snapshot: Instances = ()
 
     # -- the interface
 
@@ -173,7 +160,7 @@ class NatsDiscovery(Discovery):
             self._unlisten = connection.on_state(self._on_state)
             self._connection = connection
             if self._watches:
-                self._sync_soon()
+                self._follow_soon()
 
     async def register(self, instance: Instance) -> None:
         check_instance(instance)
@@ -200,7 +187,7 @@ class NatsDiscovery(Discovery):
             self._heartbeat_later()
 
     async def deregister(self, instance: Instance) -> None:
-        self._check_process()
+        check_process(self._pid)
         key = record_key(instance)
         if self._own.pop(key, None) is None:
             return
@@ -210,17 +197,6 @@ class NatsDiscovery(Discovery):
         self._refresh()
         await self._withdraw(key)
 
-    def watch(self, path: str | None, callback: WatchCallback) -> Watch:
-        self._check()
-        loop = asyncio.get_running_loop()
-        watch = Watch(path, callback, loop, self._watches.discard)
-        self._watches.add(watch)
-        if self._synced:
-            loop.call_soon(self._deliver, watch)
-        else:
-            self._sync_soon()
-        return watch
-
     async def list(self, path: str | None = None) -> Instances:
         await self.start()
         if self._usable().up:
@@ -229,7 +205,7 @@ class NatsDiscovery(Discovery):
             except (PermissionDenied, ManagerClosed):
                 raise
             except _failures() as error:
-                self._lost("read", error)
+                self._lost("read", _text(error))
         self._refresh()
         return select(self._snapshot, path)
 
@@ -245,8 +221,7 @@ class NatsDiscovery(Discovery):
         if loop is not None and loop.is_closed():  # nothing of it can run any more; the records expire
             return
         self._stop_heartbeat()
-        if self._expiry_handle is not None:
-            self._expiry_handle.cancel()
+        self._stop_looking()
         for task in (self._syncing, self._writing):
             if task is not None:
                 task.cancel()
@@ -269,18 +244,6 @@ class NatsDiscovery(Discovery):
 
     # -- state
 
-    def _check(self) -> None:
-        if self._closed:
-            raise ManagerClosed("this discovery object is closed")
-        self._check_process()
-
-    def _check_process(self) -> None:
-        if self._pid not in (0, os.getpid()):
-            raise ForkedManager(
-                "this discovery object belongs to the parent process; open a new one in the child",
-                details={"parent": self._pid, "child": os.getpid()},
-            )
-
     def _usable(self) -> NatsConnection:
         self._check()
         assert self._connection is not None
@@ -294,29 +257,13 @@ class NatsDiscovery(Discovery):
             for known in self._known.values():  # nobody could be heard meanwhile
                 known.heard_at = max(known.heard_at, now)
             self._write_soon()
-            self._sync_soon()
+            self._follow_soon()
         else:
             if self._synced:
                 self._synced = False
                 count = len(self._snapshot)
                 log.warning("discovery: NATS is away (%s); keeping %d known instances", error or "connection lost", count)
             self._refresh()
-
-    def _now(self) -> float:
-        assert self._loop is not None
-        return self._loop.time()
-
-    def _lost(self, what: str, error: BaseException) -> None:
-        """Note that the bucket cannot be read or written; the last known set stays."""
-        if what not in self._failing:
-            self._failing.add(what)
-            known = len(self._snapshot)
-            log.warning("cannot %s discovery bucket %s (%s); keeping %d known instances", what, self._bucket, _text(error), known)
-
-    def _recovered(self, what: str) -> None:
-        if what in self._failing:
-            self._failing.discard(what)
-            log.warning("can %s discovery bucket %s again", what, self._bucket)
 
     def _cannot(self, what: str, error: BaseException, phase: str) -> DynwireError:
         if isinstance(error, DynwireError):
@@ -504,13 +451,13 @@ class NatsDiscovery(Discovery):
             await self._each(gone, self._mark_deleted)
             await self._each(tuple(self._own), write)
         except _failures() as error:
-            self._lost("write", error)
+            self._lost("write", _text(error))
         else:
             self._recovered("write")
 
     # -- reading
 
-    def _sync_soon(self) -> None:
+    def _follow_soon(self) -> None:
         if self._closed or (self._syncing is not None and not self._syncing.done()):
             return
         self._syncing = asyncio.get_running_loop().create_task(self._sync(), name="dynwire discovery reader")
@@ -528,7 +475,7 @@ class NatsDiscovery(Discovery):
             except ManagerClosed:
                 return
             except _failures() as error:
-                self._lost("read", error)
+                self._lost("read", _text(error))
             await asyncio.sleep(pause)
             pause = min(2 * pause, LAST_RETRY_S)
 
@@ -602,18 +549,8 @@ class NatsDiscovery(Discovery):
             if usable:
                 log.warning("discovery: ignoring %s in bucket %s: %s", key, self._bucket, bad)
 
-    def _refresh(self, deliver: bool = False) -> None:
-        """Make the set anew from what is known, and tell the watches if it has changed."""
-        if self._closed:
-            return
-        others = (known.record.instance for key, known in self._known.items() if known.record and key not in self._own)
-        fresh = ordered([*(instance for instance, _ in self._own.values()), *others])
-        if fresh != self._snapshot or deliver:
-            self._snapshot = fresh
-            for watch in tuple(self._watches):
-                # One callback each, so that an exception in one watcher's code does not keep the others from hearing.
-                watch.loop.call_soon(self._deliver, watch)
-        self._expire_later()
+    def _records(self) -> Iterable[tuple[str, Record | None]]:
+        return ((key, known.record) for key, known in self._known.items())
 
     def _expires_at(self, known: _Known) -> float:
         return known.heard_at + (self._ttl if known.record is None else known.record.effective_ttl)
@@ -623,20 +560,15 @@ class NatsDiscovery(Discovery):
             if self._expires_at(known) <= now:
                 del self._known[key]
 
-    def _expire_later(self) -> None:
-        """Read the bucket when somebody was not heard for too long."""
-        if self._expiry_handle is not None:
-            self._expiry_handle.cancel()
-            self._expiry_handle = None
+    def _due(self) -> float | None:
+        """When somebody was not heard for too long."""
         others = [self._expires_at(known) for key, known in self._known.items() if key not in self._own]
-        if others and self._synced:
-            assert self._loop is not None
-            # not all watchers in the same moment
-            self._expiry_handle = self._loop.call_at(min(others) + random.uniform(0.01, EXPIRY_JITTER_S), self._sync_soon)
+        if not others or not self._synced:
+            return None
+        return min(others) + random.uniform(0.01, EXPIRY_JITTER_S)  # not all watchers in the same moment
 
-    def _deliver(self, watch: Watch) -> None:
-        if self._synced:
-            watch.deliver(self._snapshot)
+    def _on_due(self) -> None:
+        self._follow_soon()
 
 
 def _nats_errors() -> tuple[type[BaseException], ...]:
