@@ -20,6 +20,7 @@ from cpython.long cimport PyLong_AsUnsignedLongLong
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc, realloc
 from libc.string cimport memcmp, memcpy, memset
+from posix.time cimport CLOCK_MONOTONIC, clock_gettime, timespec
 
 from ._bytes cimport dw_ld16be, dw_ld32be, dw_ld64be
 from ._kvhash cimport hashes_of, sequence_hash
@@ -61,7 +62,26 @@ cdef enum:
     AHEAD_NODE = 8                   # and whose node is
     EVICT_AT_ONCE = 64
     SNAPSHOT_VERSION = 1
-    LET_OTHERS = 2048  # blocks that `restore` makes before it offers the GIL to others: 2 ms
+    LET_OTHERS = 2048                # blocks that `restore` makes before it looks whether others have waited for their turn
+
+cdef double TURN_S = 0.006
+"""Others get the GIL after so long. It has to be more than the 5 ms after which a waiting thread asks for it (sys.setswitchinterval):
+one that has asked is waited for, one that has not is woken by every release and finds the GIL taken again."""
+
+cdef double clock_s() noexcept:
+    cdef timespec now
+    clock_gettime(CLOCK_MONOTONIC, &now)
+    return now.tv_sec + now.tv_nsec * 1e-9
+
+
+cdef double let_others(double turned_at) noexcept:
+    """Offer the GIL if this thread has had it for `TURN_S`; since when it has it."""
+    if clock_s() - turned_at < TURN_S:
+        return turned_at
+    with nogil:
+        pass
+    return clock_s()
+
 
 cdef struct Node:
     uint64_t tokens_hash
@@ -1135,6 +1155,7 @@ cdef class RadixTree:
         return tree
 
     cdef int fill(self, bytes data) except -1:
+        cdef double turned_at = clock_s()
         cdef const unsigned char *p = data
         cdef size_t left = len(data)
         cdef uint32_t version, n, holders, i, parent, at, live
@@ -1161,8 +1182,7 @@ cdef class RadixTree:
         try:
             for i in range(ROOT + 1, ROOT + 1 + n):
                 if i % LET_OTHERS == 0:
-                    with nogil:
-                        pass
+                    turned_at = let_others(turned_at)
                 memcpy(&tokens_hash, p, 8)
                 memcpy(&parent, p + 8, 4)
                 p += 12
@@ -1194,8 +1214,7 @@ cdef class RadixTree:
                 number = self.number_of(worker, rank, True)
                 for i in range(live):
                     if i % LET_OTHERS == LET_OTHERS - 1:
-                        with nogil:
-                            pass
+                        turned_at = let_others(turned_at)
                     memcpy(&block, p, 8)
                     memcpy(&at, p + 8, 4)
                     p += 12

@@ -389,13 +389,13 @@ def test_a_tree_is_not_changed_while_its_snapshot_is_taken() -> None:
 
 def test_other_threads_run_while_a_tree_is_restored() -> None:
     tree = RadixTree()
-    for start in range(0, 200_000, 1000):
+    for start in range(0, 1_000_000, 1000):
         blocks = list(range(start, start + 1000))
         tree.store(1, 0, None, blocks, blocks)
     data, restored = tree.snapshot(), threading.Event()
 
     def restore() -> None:
-        assert RadixTree.restore(data).entries == 200_000
+        assert RadixTree.restore(data).entries == 1_000_000
         restored.set()
 
     thread = threading.Thread(target=restore)
