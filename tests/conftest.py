@@ -468,3 +468,17 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     run_async: Any = pyfuncitem.funcargs["run_async"]
     run_async(pyfuncitem.obj(**arguments))
     return True
+
+
+@pytest.fixture
+def jetstream_server() -> Iterator[Any]:
+    """A `dynwire.nats.server.NatsServer` with JetStream for one test, which may kill it, fill its storage or take it away."""
+    from dynwire.errors import ConfigError
+    from dynwire.nats.server import NatsServer, find_binary
+
+    try:
+        binary = find_binary()
+    except ConfigError as error:
+        pytest.skip(str(error))
+    with NatsServer(jetstream=True, binary=binary, monitor=False) as found:
+        yield found

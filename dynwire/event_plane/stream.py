@@ -21,7 +21,7 @@ import msgspec
 
 from ..config import Config
 from ..errors import ConfigError, ConnectError, DynwireError
-from ..nats.queue import API_TIMEOUT_S, JS_NO_SPACE, JS_NOT_ENABLED, JS_OVERLAP, JS_STREAM_IN_USE, differences, plain
+from ..nats.queue import API_TIMEOUT_S, JS_NO_SPACE, JS_NOT_ENABLED, JS_OVERLAP, differences, find_or_add, plain
 from .base import STREAM_CHANNEL
 
 if TYPE_CHECKING:
@@ -127,21 +127,14 @@ class EventStream:
         Raises `ConfigError` where JetStream is off for the account, has no space, or another stream is in the way, `ConnectError`
         where it does not answer at all.
         """
-        from nats.js.errors import APIError, NotFoundError
+        from nats.js.errors import APIError
 
         names = self.names
         wanted = stream_config(names, self._config)
         try:
-            try:
-                info = await self.js.stream_info(names.stream)
-            except NotFoundError:
-                # Two make it at the same moment: the first number differs, so the second is told, and looks again.
-                try:
-                    return await self.js.add_stream(wanted)
-                except APIError as error:
-                    if error.err_code != JS_STREAM_IN_USE:
-                        raise
-                info = await self.js.stream_info(names.stream)
+            info, made = await find_or_add(self.js, wanted)
+            if made:
+                return info
             found = info.config
             if found.subjects != wanted.subjects or plain(found.retention) != plain(wanted.retention):
                 raise ConfigError(

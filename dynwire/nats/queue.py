@@ -21,6 +21,7 @@ from ..errors import ConfigError, ConnectError, DynwireError, MessageTooLarge, O
 if TYPE_CHECKING:
     from nats.aio.client import Client
     from nats.js.api import ConsumerConfig, StreamConfig, StreamInfo
+    from nats.js.client import JetStreamContext
 
     from ..config import NatsConfig
     from ..types import EndpointId
@@ -312,6 +313,23 @@ def plain(value: Any) -> Any:
     return value or None if isinstance(value, (bool, dict)) else value
 
 
+async def find_or_add(js: JetStreamContext, wanted: StreamConfig) -> tuple[StreamInfo, bool]:
+    """The stream of the name that is wanted, and whether it was made just now. Raises what nats-py's JetStream raises."""
+    from nats.js.errors import APIError, NotFoundError
+
+    assert wanted.name is not None
+    try:
+        return await js.stream_info(wanted.name), False
+    except NotFoundError:
+        # Two make it at the same moment: with equal settings both succeed, with others the second is told and looks again.
+        try:
+            return await js.add_stream(wanted), True
+        except APIError as error:
+            if error.err_code != JS_STREAM_IN_USE:
+                raise
+        return await js.stream_info(wanted.name), False
+
+
 def differences(wanted: Any, found: Any, names: dict[str, str]) -> dict[str, tuple[Any, Any]]:
     """Field -> (wanted, found) where the two differ."""
     pairs = {name: (plain(getattr(wanted, name)), plain(getattr(found, name))) for name in names}
@@ -440,19 +458,9 @@ class QueueAdmin:
         )
 
     async def _stream(self, names: QueueNames, wanted: StreamConfig, settings: dict[str, str], worker: bool) -> StreamInfo:
-        from nats.js.errors import APIError, NotFoundError
-
-        assert wanted.name is not None
-        try:
-            info = await self._js.stream_info(wanted.name)
-        except NotFoundError:
-            # Two make it at the same moment: with equal settings both succeed, with others the second is told and looks again.
-            try:
-                return await self._js.add_stream(wanted)
-            except APIError as error:
-                if error.err_code != JS_STREAM_IN_USE:
-                    raise
-            info = await self._js.stream_info(wanted.name)
+        info, made = await find_or_add(self._js, wanted)
+        if made:
+            return info
         found = info.config
         if plain(found.retention) != plain(wanted.retention) or found.subjects != wanted.subjects:
             raise ConfigError(

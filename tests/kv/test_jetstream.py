@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from dynwire.kv_router import RadixTree
 from dynwire.kv_router.indexer import IndexSnapshot, KvIndexer
 from dynwire.kv_router.publisher import KvEventPublisher
 from dynwire.nats.connection import NatsConnection
-from dynwire.nats.server import NatsCluster, NatsServer, find_binary
+from dynwire.nats.server import NatsCluster, NatsServer
 
 from ..plane.faces import PATIENCE_S, eventually
 from .test_events import BLOCK_SIZE, equal, same, store
@@ -46,14 +46,8 @@ def loop_factory(leak_guard: None) -> Callable[[], asyncio.AbstractEventLoop]:
 
 
 @pytest.fixture
-def server() -> Iterator[NatsServer]:
-    """One of its own for each test: some kill it, or take away its storage."""
-    try:
-        binary = find_binary()
-    except dynwire.ConfigError as error:
-        pytest.skip(str(error))
-    with NatsServer(jetstream=True, binary=binary, monitor=False) as found:
-        yield found
+def server(jetstream_server: NatsServer) -> NatsServer:
+    return jetstream_server
 
 
 class Lab:

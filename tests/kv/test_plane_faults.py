@@ -7,7 +7,7 @@ import logging
 import random
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from dynwire.event_plane.zmq import ZmqSender
 from dynwire.kv_router.indexer import KvIndexer
 from dynwire.kv_router.publisher import KvEventPublisher
 from dynwire.kv_router.router import KvRouterSettings
-from dynwire.nats.server import NatsServer, find_binary
+from dynwire.nats.server import NatsServer
 from dynwire.testing.proxy import FaultProxy
 from dynwire.wire.kv_events import KvCacheEvent, cleared, removed, stored
 
@@ -176,13 +176,8 @@ def test_any_history_ends_in_the_workers_tree(
 
 
 @pytest.fixture
-def server() -> Iterator[NatsServer]:
-    try:
-        binary = find_binary()
-    except dynwire.ConfigError as error:
-        pytest.skip(str(error))
-    with NatsServer(jetstream=True, binary=binary, monitor=False) as found:
-        yield found
+def server(jetstream_server: NatsServer) -> NatsServer:
+    return jetstream_server
 
 
 async def test_requests_go_on_while_a_zmq_connection_is_cut(discovery_dir: Path) -> None:

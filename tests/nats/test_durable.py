@@ -23,7 +23,7 @@ import pytest
 import dynwire
 from dynwire.nats.connection import NatsConnection
 from dynwire.nats.queue import QueueNames
-from dynwire.nats.server import NatsServer, find_binary, free_port
+from dynwire.nats.server import NatsServer, free_port
 from dynwire.types import EndpointId
 from tests.faults.conftest import in_time, outcome
 from tests.plane.faces import PATIENCE_S, Manager, eventually
@@ -44,14 +44,8 @@ def loop_factory(leak_guard: None) -> Callable[[], asyncio.AbstractEventLoop]:
 
 
 @pytest.fixture
-def server() -> Iterator[NatsServer]:
-    """One of its own for each test: some kill it, or fill its storage."""
-    try:
-        binary = find_binary()
-    except dynwire.ConfigError as error:
-        pytest.skip(str(error))
-    with NatsServer(jetstream=True, binary=binary, monitor=False) as found:
-        yield found
+def server(jetstream_server: NatsServer) -> NatsServer:
+    return jetstream_server
 
 
 @pytest.fixture

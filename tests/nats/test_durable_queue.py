@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -21,7 +21,7 @@ from dynwire.nats.connection import NatsConnection
 from dynwire.nats.log import read_log
 from dynwire.nats.pull import QueueConsumer
 from dynwire.nats.queue import ACK, Delivery, PubAck, QueueAdmin, QueueNames, parse_pub_ack, refusal
-from dynwire.nats.server import NatsServer, find_binary
+from dynwire.nats.server import NatsServer
 from dynwire.types import EndpointId
 
 NAMES = QueueNames.of("dynwire", EndpointId("demo", "worker", "generate"))
@@ -35,14 +35,8 @@ def loop_factory(leak_guard: None) -> Callable[[], asyncio.AbstractEventLoop]:
 
 
 @pytest.fixture
-def server() -> Iterator[NatsServer]:
-    """One of its own for each test: the queue is the same, and some kill it."""
-    try:
-        binary = find_binary()
-    except ConfigError as error:
-        pytest.skip(str(error))
-    with NatsServer(jetstream=True, binary=binary, monitor=False) as found:
-        yield found
+def server(jetstream_server: NatsServer) -> NatsServer:
+    return jetstream_server
 
 
 @contextlib.asynccontextmanager
