@@ -1,5 +1,6 @@
 # What the scripts beside this file share; not to be run. They set: title, events (DYN_EVENT_PLANE), and frontend_flags.
-set -eu -o pipefail
+# shellcheck source=../launch.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 
 usage() {
 	cat <<END
@@ -32,75 +33,19 @@ while (($#)); do
 	shift
 done
 
-python=${PYTHON:-python3}
 export DYN_REQUEST_PLANE=tcp DYN_EVENT_PLANE=$events
-pids=()
+[[ $events == none ]] || need_nats
 
-# in the order of starting, so that the frontend stops asking before the workers drain
-stop() {
-	trap - EXIT INT TERM
-	for pid in "${pids[@]}"; do
-		kill "$pid" 2>/dev/null || true
-		wait "$pid" 2>/dev/null || true
-	done
-}
-trap stop EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-
-# whether something listens at HOST PORT
-listens() { (exec 3<>"/dev/tcp/$1/$2") 2>/dev/null; }
-
-nats=
-if [[ $events != none ]]; then
-	address=${NATS_SERVER:-nats://localhost:4222}
-	address=${address%%,*} address=${address#*://} address=${address##*@} address=${address%%/*}
-	host=${address%:*} nats_port=${address##*:}
-	[[ $nats_port == "$address" ]] && nats_port=4222
-	if ! listens "$host" "$nats_port"; then
-		echo "no NATS server answers at $host:$nats_port; starting one"
-		"$python" -m dynwire nats up --host 127.0.0.1 --port "$nats_port" &
-		nats=$!
-		for ((n = 0; n < 300; n++)); do
-			listens "$host" "$nats_port" && break
-			kill -0 "$nats" 2>/dev/null || exit 1
-			sleep 0.1
-		done
-	fi
-fi
-
-"$python" -m dynwire.frontend --http-port "$port" --router-mode kv "${frontend_flags[@]}" &
-pids+=($!)
+start dynwire.frontend --http-port "$port" --router-mode kv "${frontend_flags[@]}"
 for ((n = 0; n < workers; n++)); do
 	if [[ -n $mock ]]; then
 		# small blocks, so that the curl below fills some
-		"$python" -m dynwire.mocker --block-size 8 ${model:+--model "$model"} "$@" &
+		start dynwire.mocker --block-size 8 ${model:+--model "$model"} "$@"
 	else
-		"$python" -m dynwire.vllm --model "${model:-Qwen/Qwen3-0.6B}" "$@" &
+		start dynwire.vllm --model "${model:-Qwen/Qwen3-0.6B}" "$@"
 	fi
-	pids+=($!)
 done
-[[ -n $nats ]] && pids+=("$nats") # last: the others say good-bye over it
-
-# until all workers are there; one that cannot start ends all of it
-name=
-until [[ -n $name ]]; do
-	for pid in "${pids[@]}"; do
-		kill -0 "$pid" 2>/dev/null || { wait "$pid" || exit $?; exit 1; }
-	done
-	sleep 0.2
-	name=$("$python" - "$port" "$workers" <<'END'
-import json, os, sys, urllib.error, urllib.request
-port, workers = sys.argv[1:]
-try:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/state.json", timeout=2) as reply:
-        models = json.load(reply)["models"]
-except (OSError, urllib.error.URLError):
-    models = []
-print(next((model["id"] for model in models if len(model["instances"]) >= int(workers)), ""))
-END
-	)
-done
+await_model "$port" "$workers"
 
 cat <<END
 

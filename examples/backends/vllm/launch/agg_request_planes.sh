@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One frontend and one worker on the request plane of your choice. See --help.
-set -eu -o pipefail
+# shellcheck source=../../../launch.sh
+source "$(dirname "${BASH_SOURCE[0]}")/../../../launch.sh"
 
 usage() {
 	cat <<'END'
@@ -35,71 +36,16 @@ if [[ -z $plane ]]; then
 	exit 2
 fi
 
-python=${PYTHON:-python3}
 export DYN_REQUEST_PLANE=$plane
-pids=()
+[[ $plane == nats ]] && need_nats
 
-# in the order of starting, so that the frontend stops asking before the worker drains
-stop() {
-	trap - EXIT INT TERM
-	for pid in "${pids[@]}"; do
-		kill "$pid" 2>/dev/null || true
-		wait "$pid" 2>/dev/null || true
-	done
-}
-trap stop EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
-
-# whether something listens at HOST PORT
-listens() { (exec 3<>"/dev/tcp/$1/$2") 2>/dev/null; }
-
-nats=
-if [[ $plane == nats ]]; then
-	address=${NATS_SERVER:-nats://localhost:4222}
-	address=${address%%,*} address=${address#*://} address=${address##*@} address=${address%%/*}
-	host=${address%:*} nats_port=${address##*:}
-	[[ $nats_port == "$address" ]] && nats_port=4222
-	if ! listens "$host" "$nats_port"; then
-		echo "no NATS server answers at $host:$nats_port; starting one"
-		"$python" -m dynwire nats up --host 127.0.0.1 --port "$nats_port" &
-		nats=$!
-		for ((n = 0; n < 300; n++)); do
-			listens "$host" "$nats_port" && break
-			kill -0 "$nats" 2>/dev/null || exit 1
-			sleep 0.1
-		done
-	fi
-fi
-
-"$python" -m dynwire.frontend --http-port "$port" &
-pids+=($!)
+start dynwire.frontend --http-port "$port"
 if [[ -n $mock ]]; then
-	"$python" -m dynwire.mocker ${model:+--model "$model"} "$@" &
+	start dynwire.mocker ${model:+--model "$model"} "$@"
 else
-	"$python" -m dynwire.vllm --model "${model:-Qwen/Qwen3-0.6B}" "$@" &
+	start dynwire.vllm --model "${model:-Qwen/Qwen3-0.6B}" "$@"
 fi
-pids+=($!)
-[[ -n $nats ]] && pids+=("$nats") # last: the others say good-bye over it
-
-# until the model is there; a worker that cannot start ends all of it
-name=
-until [[ -n $name ]]; do
-	for pid in "${pids[@]}"; do
-		kill -0 "$pid" 2>/dev/null || { wait "$pid" || exit $?; exit 1; }
-	done
-	sleep 0.2
-	name=$("$python" - "$port" <<'END'
-import json, sys, urllib.error, urllib.request
-try:
-    with urllib.request.urlopen(f"http://127.0.0.1:{sys.argv[1]}/v1/models", timeout=2) as reply:
-        models = json.load(reply)["data"]
-except (OSError, urllib.error.URLError):
-    models = []
-print(models[0]["id"] if models else "")
-END
-	)
-done
+await_model "$port" 1
 
 cat <<END
 
