@@ -7,7 +7,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from ..config import Setting, load_config, settings
+from ..config import load_config
+from ..workers.flags import KV_SWITCHES, add_flags
 from ..workers.process import run_process
 
 FLAGS: dict[str, tuple[str, ...]] = {
@@ -31,37 +32,16 @@ FLAGS: dict[str, tuple[str, ...]] = {
 }
 """Setting to its flag with a value; the keys themselves are no flag, because command lines are seen by everybody."""
 
-SWITCHES: dict[str, tuple[str, bool]] = {
-    "router.kv_events": ("--no-kv-events", False),
-    "router.replica_sync": ("--router-replica-sync", True),
-    "router.reset_states": ("--router-reset-states", True),
-}
-"""Setting to its flag without a value, and what the flag means"""
-
 
 def parser() -> argparse.ArgumentParser:
-    """The command line. Values are checked by `load_config`, with the same words as those of variables."""
+    """The command line."""
     made = argparse.ArgumentParser(
         prog="python -m dynwire.frontend",
         description="OpenAI-compatible HTTP frontend for the models that workers of this deployment serve. Everything else about "
         "the network comes from DYN_* variables (dynwire config show).",
     )
-    known = {setting.name: setting for setting in settings()}
-    for name, flags in FLAGS.items():
-        made.add_argument(*flags, dest=name, metavar="VALUE", help=_help(known[name]))
-    for name, (flag, value) in SWITCHES.items():
-        made.add_argument(flag, dest=name, action="store_const", const=value, help=_help(known[name]))
-    made.add_argument("-v", "--verbose", action="store_true", help="log what comes and goes")
+    add_flags(made, FLAGS, KV_SWITCHES)
     return made
-
-
-def _help(setting: Setting) -> str:
-    from ..config import Config
-
-    default = setting.default_text or setting.show(Config().get(setting.name))
-    unit = f" in {setting.unit}" if setting.unit else ""
-    # argparse formats with %
-    return f"{setting.doc}{unit} [{setting.env}, default: {default}]".replace("%", "%%")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

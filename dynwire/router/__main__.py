@@ -8,10 +8,11 @@ import os
 import sys
 from collections.abc import Sequence
 
-from ..config import Config, load_config, settings
+from ..config import Config, load_config
 from ..manager import AsyncNetworkManager
 from ..system import announcement
 from ..types import EndpointId
+from ..workers.flags import KV_SWITCHES, add_flags
 from ..workers.process import DEFAULT_GRACE_S, Signals, run_process
 from .service import SUFFIX, RouterService
 
@@ -24,15 +25,9 @@ FLAGS: dict[str, tuple[str, ...]] = {
 }
 """Setting to its flags with a value; those that the frontend has are called as there"""
 
-SWITCHES: dict[str, tuple[str, bool]] = {
-    "router.kv_events": ("--no-kv-events", False),
-    "router.replica_sync": ("--router-replica-sync", True),
-    "router.reset_states": ("--router-reset-states", True),
-}
-
 
 def parser() -> argparse.ArgumentParser:
-    """The command line. Values are checked by `load_config`, with the same words as those of variables."""
+    """The command line."""
     made = argparse.ArgumentParser(
         prog="python -m dynwire.router",
         description="Answer which worker of an endpoint a prompt should go to, by what the workers have cached and are busy "
@@ -49,17 +44,8 @@ def parser() -> argparse.ArgumentParser:
         metavar="SECONDS",
         help=f"how long a shutdown waits for requests in flight [default: {DEFAULT_GRACE_S:g}]",
     )
-    known = {setting.name: setting for setting in settings()}
-    for name, flags in FLAGS.items():
-        made.add_argument(*flags, dest=name, metavar="VALUE", help=_help(known[name].doc, known[name].env))
-    for name, (flag, value) in SWITCHES.items():
-        made.add_argument(flag, dest=name, action="store_const", const=value, help=_help(known[name].doc, known[name].env))
-    made.add_argument("-v", "--verbose", action="store_true", help="log what comes and goes")
+    add_flags(made, FLAGS, KV_SWITCHES)
     return made
-
-
-def _help(text: str, variable: str) -> str:
-    return f"{text} [{variable}]".replace("%", "%%")  # argparse formats with %
 
 
 async def serve(config: Config, endpoint: str, component: str | None, grace: float) -> bool:
