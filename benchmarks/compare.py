@@ -32,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -947,7 +947,10 @@ def markdown(report: dict[str, Any], stem: str) -> str:
     )
 
 
-def page(report: dict[str, Any], stem: str, title: str, remarks: list[str], peers: dict[str, Peer]) -> str:
+def page(
+    report: dict[str, Any], stem: str, title: str, remarks: list[str], peers: Mapping[str, Any], results: list[str] | None = None
+) -> str:
+    """The report as Markdown; ``results`` in place of this script's tables of all rows."""
     env = report["environment"]
     met = sum(v["met"] is True for v in report["promises"])
     known = [c for r in report["rows"] for c in r["contestants"]]
@@ -966,14 +969,12 @@ def page(report: dict[str, Any], stem: str, title: str, remarks: list[str], peer
         "",
         f"![chart]({stem}.png)",
         "",
-        f"## Promises: {met} of {len(report['promises'])} met",
-        "",
-        promise_table(report["promises"], markdown=True),
-        "",
-        "## All rows",
-        "",
-        result_tables(report["rows"]),
-        "",
+        *(
+            [f"## Promises: {met} of {len(report['promises'])} met", "", promise_table(report["promises"], markdown=True), ""]
+            if report["promises"]
+            else []
+        ),
+        *(results if results is not None else ["## All rows", "", result_tables(report["rows"]), ""]),
         *(["## Notes", "", *[f"- {n}" for n in report["notes"]], ""] if report["notes"] else []),
     ]
     return "\n".join(lines)

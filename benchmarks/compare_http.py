@@ -646,39 +646,19 @@ def row_table(row: dict[str, Any]) -> list[str]:
 
 
 def markdown(report: dict[str, Any], stem: str) -> str:
-    env = report["environment"]
-    met = sum(v["met"] is True for v in report["promises"])
-    known = {c.split(":")[0] for r in report["rows"] for c in r["contestants"]}
-    lines = [
-        "# dynwire's http plane beside other HTTP/2 servers and clients",
-        "",
-        f"{env['time']}, {env['cpu']}, {env['cores']} cores, Linux {env['kernel']}, Python {env['python']}, commit "
-        f"{env['commit'] or '?'}, load at start {env['load_at_start']:.2f}; "
-        + ", ".join(f"{k} {v}" for k, v in env["versions"].items())
-        + f". {report['rounds']} rounds of {report['seconds']} s, median (min-max).",
-        "",
+    remarks = [
         "Server on one core, load on another (one: both on one core); cleartext HTTP/2 with prior knowledge; every server has",
         "one process that works. Busy: CPU time of the measured side by wall time; where it is far below 100 % the other side or",
         "turn-taking is the limit, and only CPU per request tells the contestants apart. Others: share of the machine that",
         "other processes used meanwhile. nghttpd answers a POST from a file, so that its temporary files are not measured;",
         "clients talk to that nghttpd.",
-        "",
-        *[f"- `{name}`: {peer.about}" for name, peer in PEERS.items() if name in known],
-        "",
-        f"![chart]({stem}.png)",
-        "",
-        *(
-            [f"## Promises: {met} of {len(report['promises'])} met", "", compare.promise_table(report["promises"], True), ""]
-            if report["promises"]
-            else []
-        ),
     ]
+    results: list[str] = []
     for row in report["rows"]:
         label = row["name"].split("/")[0]
         load = f"{row['connections']} connections x {row['concurrency']} requests" if row["workload"] == "h2load" else ""
-        lines += [f"## {row['name']}", "", ABOUT_ROWS[label] + (f", {load}" if load else "") + ".", "", *row_table(row), ""]
-    lines += ["## Notes", "", *[f"- {n}" for n in report["notes"]], ""] if report["notes"] else []
-    return "\n".join(lines)
+        results += [f"## {row['name']}", "", ABOUT_ROWS[label] + (f", {load}" if load else "") + ".", "", *row_table(row), ""]
+    return compare.page(report, stem, "dynwire's http plane beside other HTTP/2 servers and clients", remarks, PEERS, results)
 
 
 CHARTS = [

@@ -434,16 +434,7 @@ def row_table(row: dict[str, Any]) -> list[str]:
 
 
 def markdown(report: dict[str, Any], stem: str) -> str:
-    env = report["environment"]
-    met = sum(v["met"] is True for v in report["promises"])
-    lines = [
-        "# dynwire's serving stack beside Dynamo's",
-        "",
-        f"{env['time']}, {env['cpu']}, {env['cores']} cores, Linux {env['kernel']}, Python {env['python']}, commit "
-        f"{env['commit'] or '?'}, load at start {env['load_at_start']:.2f}; "
-        + ", ".join(f"{k} {v}" for k, v in env["versions"].items())
-        + f". {report['rounds']} rounds of {report['seconds']} s, median (min-max).",
-        "",
+    remarks = [
         "Frontend and worker process of each side, tcp plane, file discovery, one model, a simulated engine that takes no time",
         "of its own, so that every millisecond and every CPU second is the stack's. Generator, frontend and worker share all",
         "cores, alike for both sides. With so many answers at a time, the faster side is asked more often and both are",
@@ -452,21 +443,11 @@ def markdown(report: dict[str, Any], stem: str) -> str:
         "clients do not, and one of them is in the row `ordinary`. Late answers: those with a pause of more than 30 ms between",
         "two reads. CPU is that of frontend and worker. Events: chunks of a streamed answer as the client sees them. Others:",
         "share of the machine that other processes used meanwhile.",
-        "",
-        *[f"- `{name}`: {peer.about}" for name, peer in PEERS.items() if any(name in r["contestants"] for r in report["rows"])],
-        "",
-        f"![chart]({stem}.png)",
-        "",
-        *(
-            [f"## Promises: {met} of {len(report['promises'])} met", "", compare.promise_table(report["promises"], True), ""]
-            if report["promises"]
-            else []
-        ),
     ]
+    results: list[str] = []
     for row in report["rows"]:
-        lines += [f"## {row['name']}", "", about(row), "", *row_table(row), ""]
-    lines += ["## Notes", "", *[f"- {n}" for n in report["notes"]], ""] if report["notes"] else []
-    return "\n".join(lines)
+        results += [f"## {row['name']}", "", about(row), "", *row_table(row), ""]
+    return compare.page(report, stem, "dynwire's serving stack beside Dynamo's", remarks, PEERS, results)
 
 
 CHARTS = [
