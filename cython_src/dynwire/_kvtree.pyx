@@ -64,9 +64,9 @@ cdef enum:
     SNAPSHOT_VERSION = 1
     LET_OTHERS = 2048                # blocks that `restore` makes before it looks whether others have waited for their turn
 
+# Others get the GIL after so long. It has to be more than the 5 ms after which a waiting thread asks for it
+# (sys.setswitchinterval): one that has asked is waited for, one that has not is woken by a release and finds the GIL taken again.
 cdef double TURN_S = 0.006
-"""Others get the GIL after so long. It has to be more than the 5 ms after which a waiting thread asks for it (sys.setswitchinterval):
-one that has asked is waited for, one that has not is woken by every release and finds the GIL taken again."""
 
 cdef double clock_s() noexcept:
     cdef timespec now
